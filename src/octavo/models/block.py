@@ -1,0 +1,94 @@
+"""THE block: sub-layers on a residual stream, with every norm placement and topology as a value."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from octavo.nn.contracts import Aux, Context, Dims, Mixer
+from octavo.nn.state import State
+from octavo.nn.tables import CHANNEL_MIXERS, NORMS, TOKEN_MIXERS
+from octavo.schema import Config, component, one_of
+
+NormPlacement = Literal["pre", "branch", "sandwich", "post"]
+
+
+class BlockConfig(Config):
+    """One block: a token mixer, a channel mixer, and how they sit on the residual stream.
+
+    norm_placement, with f a mixer: ``pre`` x + f(N(x)) (GPT-2, Llama); ``branch`` x + N(f(x)) (OLMo 2);
+    ``sandwich`` x + N(f(N(x))) (CogView, Gemma 2); ``post`` N(x + f(x)), the Transformer of 2017.
+    residual_scale multiplies x in every sum (DeepNorm's alpha, Wang et al. 2022, section 4; 0 removes the
+    residual). topology ``parallel`` adds both mixers to the same x (GPT-J), with one norm for both if
+    ``shared_norm``.
+    """
+
+    mixer: one_of(TOKEN_MIXERS, default="attention") = TOKEN_MIXERS["attention"].Config()  # type: ignore[valid-type]
+    channel: one_of(CHANNEL_MIXERS) | None = CHANNEL_MIXERS["glu"].Config()  # type: ignore[valid-type]
+    norm_placement: NormPlacement = "pre"
+    topology: Literal["sequential", "parallel"] = "sequential"
+    shared_norm: bool = False
+    residual_scale: float = Field(1.0, ge=0)
+    dropout: float = Field(0.0, ge=0, lt=1, description="on each branch before it is added")
+
+    @model_validator(mode="after")
+    def _possible(self) -> BlockConfig:
+        if self.topology == "parallel" and self.norm_placement == "post":
+            raise ValueError("norm_placement post normalises one sum after the other; topology parallel has one sum")
+        if self.shared_norm and (self.topology != "parallel" or self.norm_placement != "pre"):
+            raise ValueError("shared_norm needs topology parallel and norm_placement pre")
+        return self
+
+
+class SubLayer(nn.Module):
+    """One mixer with its norms: the branch that is added to the stream."""
+
+    def __init__(self, mixer: Mixer, placement: NormPlacement, norm: Config, d_model: int, *, own_norm: bool = True):
+        super().__init__()
+        make = lambda wanted: NORMS[norm.kind](norm, d_model) if wanted else None  # type: ignore[attr-defined]  # noqa: E731
+        self.mixer = mixer
+        self.norm_in = make(own_norm and placement in ("pre", "sandwich"))
+        self.norm_out = make(placement in ("branch", "sandwich"))
+        self.norm_sum = make(placement == "post")
+
+    def forward(self, x: Tensor, ctx: Context, state: State | None, name: str) -> tuple[Tensor, Aux]:
+        h = self.norm_in(x) if self.norm_in is not None else x
+        y, aux = self.mixer(h, ctx, state.layer(name) if state is not None else None)
+        return (self.norm_out(y) if self.norm_out is not None else y), aux
+
+
+class Block(nn.Module):
+    """A list of sub-layers applied to x (B, T, D). ``depth`` names this block's state."""
+
+    def __init__(self, config: BlockConfig, norm: Config, dims: Dims):
+        super().__init__()
+        self.config, self.depth = config, dims.depth
+        mixers = {"mixer": component(TOKEN_MIXERS, config.mixer.kind)(config.mixer, dims)}  # type: ignore[attr-defined]
+        if config.channel is not None:
+            mixers["channel"] = component(CHANNEL_MIXERS, config.channel.kind)(config.channel, dims)  # type: ignore[attr-defined]
+        self.layers = nn.ModuleDict(
+            {
+                name: SubLayer(mixer, config.norm_placement, norm, dims.d_model, own_norm=not config.shared_norm)
+                for name, mixer in mixers.items()
+            }
+        )
+        self.norm = NORMS[norm.kind](norm, dims.d_model) if config.shared_norm else None  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, Aux]:
+        scale, aux = self.config.residual_scale, {}
+        shared = self.norm(x) if self.norm is not None else x
+        total = x if scale == 1 else x * scale
+        for name, layer in self.layers.items():
+            source = shared if self.config.topology == "parallel" else x
+            y, new = layer(source, ctx, state, f"{self.depth}.{name}")
+            aux |= {key: aux[key] + value if key in aux else value for key, value in new.items()}
+            y = F.dropout(y, self.config.dropout, self.training)
+            if self.config.topology == "parallel":
+                total = total + y
+            else:
+                x = (x if scale == 1 else x * scale) + y
+                x = layer.norm_sum(x) if layer.norm_sum is not None else x
+        return (total if self.config.topology == "parallel" else x), aux

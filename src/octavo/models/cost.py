@@ -1,0 +1,60 @@
+"""Exact counts for any model configuration: parameters, floating-point operations, state bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from octavo.models.decoder import Decoder
+from octavo.nn.state import StateSpec
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model weighs and what a row of ``n_tokens`` costs it.
+
+    parameters: all, tied weights once. embedding_parameters: token and position tables. forward_flops:
+    matrix products of one row's forward pass, head included, two per multiply-add, attention counted over
+    the full square. train_flops: three times that. state_bytes: decode state of one row.
+    """
+
+    parameters: int
+    embedding_parameters: int
+    forward_flops: int
+    train_flops: int
+    state_bytes: int
+
+
+def cost(model: Decoder, n_tokens: int | None = None, dtype: torch.dtype = torch.float32) -> Cost:
+    """Count ``model`` (also one on the meta device) for a row of ``n_tokens`` (default: max_seq_len)."""
+    T = n_tokens or model.max_seq_len
+    mixers = model.mixers().values()
+    flops = sum(mixer.flops(T, T) for mixer in mixers) + 2 * T * model.config.d_model * model.vocab_size
+    embedding = model.embed.weight.numel() + model.positions.predicted_parameters()
+    return Cost(
+        parameters=sum(p.numel() for p in model.parameters()),
+        embedding_parameters=embedding,
+        forward_flops=flops,
+        train_flops=3 * flops,
+        state_bytes=state_bytes(model.state_specs(), T, dtype),
+    )
+
+
+def state_bytes(specs: dict[str, StateSpec], max_tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of one row's decode state holding ``max_tokens`` tokens."""
+    return sum(field.n_bytes(max_tokens, dtype) for spec in specs.values() for field in spec.values())
+
+
+def predicted_parameters(model: Decoder) -> int:
+    """The parameter count by formula, without looking at a tensor; a law holds it equal to the count."""
+    config, D, V = model.config, model.config.d_model, model.vocab_size
+    width = {"rmsnorm": D, "none": 0}.get(config.norm.kind)
+    norm = width if width is not None else D * (2 if config.norm.bias else 1)
+    total = V * D + model.positions.predicted_parameters() + sum(m.predicted_parameters() for m in model.mixers().values())
+    for block in model.blocks:
+        per_layer = 2 if block.config.norm_placement == "sandwich" else 1
+        total += norm * (1 if block.config.shared_norm else per_layer * len(block.layers))
+    total += norm if config.final_norm else 0
+    total += 0 if config.tie_embeddings else V * D
+    return total + (V if config.head_bias else 0)

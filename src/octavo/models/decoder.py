@@ -1,0 +1,187 @@
+"""The decoder-only language model: embedding, a pattern of blocks, final norm, head."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from octavo.errors import UnsupportedError
+from octavo.models.block import Block, BlockConfig
+from octavo.nn.contracts import Aux, Capabilities, Context, Dims, Inputs, Mixer, Outputs
+from octavo.nn.norm import RMSNorm
+from octavo.nn.position import RotaryPositions
+from octavo.nn.projection import Embedding, InitConfig, Projection, initialise
+from octavo.nn.state import ContiguousState, State, StateSpec, place
+from octavo.nn.tables import NORMS, POSITIONS
+from octavo.schema import Config, component, one_of
+
+NEEDS = ("logits", "hidden", "hidden_states", "attention")
+
+
+class Decoder(nn.Module):
+    """A causal language model of any pattern of blocks.
+
+    ``pattern`` names blocks and is cycled over ``n_layers``: {local: ..., global: ...} with pattern
+    [local, local, global] is a hybrid. vocab_size comes from the tokenizer where a recipe leaves it out.
+    """
+
+    class Config(Config):
+        kind: Literal["decoder"] = "decoder"
+        d_model: int = Field(256, ge=1)
+        n_layers: int = Field(4, ge=1)
+        max_seq_len: int = Field(256, ge=1)
+        vocab_size: int | None = Field(None, ge=2)
+        blocks: dict[str, BlockConfig] = {"block": BlockConfig()}
+        pattern: tuple[str, ...] | None = None
+        norm: one_of(NORMS) = RMSNorm.Config()  # type: ignore[valid-type]
+        positions: one_of(POSITIONS) = RotaryPositions.Config()  # type: ignore[valid-type]
+        final_norm: bool = True
+        tie_embeddings: bool = True
+        head_bias: bool = False
+        embed_dropout: float = Field(0.0, ge=0, lt=1)
+        padding_id: int | None = Field(None, ge=0, description="this row of the embedding gets no gradient")
+        init: InitConfig = InitConfig()
+
+        @model_validator(mode="after")
+        def _possible(self) -> Decoder.Config:
+            if not self.blocks:
+                raise ValueError("blocks must name at least one block")
+            if unknown := [name for name in self.pattern or () if name not in self.blocks]:
+                raise ValueError(f"pattern names unknown blocks {unknown}; blocks has {sorted(self.blocks)}")
+            for name, block in self.blocks.items():
+                mixer = block.mixer
+                heads = getattr(mixer, "n_heads", None)
+                if heads and not getattr(mixer, "head_dim", None) and self.d_model % heads:
+                    raise ValueError(
+                        f"blocks.{name}.mixer.n_heads = {heads} must divide d_model = {self.d_model}, "
+                        "or head_dim must be given"
+                    )
+            if len({width for width in self.head_dims() if width}) > 1 and self.positions.kind == "rope":
+                raise ValueError(f"one rotary table serves one head width, the blocks have {sorted(self.head_dims())}")
+            if self.positions.kind == "rope" and any(width % 2 for width in self.head_dims()):
+                raise ValueError(f"rope turns pairs of channels, head_dim = {sorted(self.head_dims())} is odd")
+            if self.padding_id is not None and self.vocab_size is not None and self.padding_id >= self.vocab_size:
+                raise ValueError(f"padding_id = {self.padding_id} must be below vocab_size = {self.vocab_size}")
+            return self
+
+        def head_dims(self) -> set[int]:
+            """The head widths of the blocks that have heads."""
+            mixers = [block.mixer for block in self.blocks.values()]
+            return {m.head_dim or self.d_model // m.n_heads for m in mixers if getattr(m, "n_heads", None)}
+
+        def layer_names(self) -> list[str]:
+            """The block of each layer, first to last."""
+            return list(itertools.islice(itertools.cycle(self.pattern or tuple(self.blocks)), self.n_layers))
+
+    def __init__(self, config: Decoder.Config, generator: torch.Generator | None = None):
+        super().__init__()
+        if config.vocab_size is None:
+            raise UnsupportedError("model.vocab_size is not set", fix="give it, or take it from a tokenizer")
+        self.config, D, V = config, config.d_model, config.vocab_size
+        self.vocab_size, self.max_seq_len = V, config.max_seq_len
+        self.embed = Embedding(V, D, "embed", padding_id=config.padding_id)
+        head_dim = next(iter(config.head_dims()), D)
+        positions = component(POSITIONS, config.positions.kind)
+        self.positions = positions(config.positions, D, head_dim, config.max_seq_len)
+        dims = [Dims(D, config.n_layers, config.max_seq_len, depth) for depth in range(config.n_layers)]
+        self.blocks = nn.ModuleList(
+            Block(config.blocks[name], config.norm, d) for name, d in zip(config.layer_names(), dims, strict=True)
+        )
+        self.norm = NORMS[config.norm.kind](config.norm, D) if config.final_norm else nn.Identity()
+        self.head = None if config.tie_embeddings else Projection(D, V, "head", bias=config.head_bias)
+        self.head_bias = nn.Parameter(torch.zeros(V)) if config.tie_embeddings and config.head_bias else None
+        if self.embed.weight.device.type != "meta":
+            initialise(self, config.init, config.n_layers, generator)
+
+    def forward(self, inputs: Inputs, state: State | None = None, needs: Iterable[str] = ("logits",)) -> Outputs:
+        """Run the model over ``inputs.tokens`` (B, T); see ``Outputs`` for what can be asked for.
+
+        With ``state`` the tokens continue what each row has seen, and the state is updated in place.
+
+        Raises:
+            UnsupportedError: an unknown name in ``needs``, or more tokens than a learned table has rows.
+        """
+        needs = frozenset(needs)
+        if unknown := needs.difference(NEEDS):
+            raise UnsupportedError(
+                f"the decoder has no output {sorted(unknown)}", fix=f"ask for some of {', '.join(NEEDS)}"
+            )
+        ctx = state.begin(inputs) if state is not None else place(inputs)[0]
+        ctx.record = needs & {"attention"}
+        self._check_length(inputs.tokens.shape[1], inputs)
+        ctx.rotation = self.positions.rotation(ctx.positions)
+        x = self.positions.embed(self.embed(inputs.tokens), ctx.positions)
+        x = F.dropout(x, self.config.embed_dropout, self.training)
+        states, aux = [x], {}
+        x, aux = self._stack(x, ctx, state, states if "hidden_states" in needs else None)
+        hidden = self.norm(x)
+        return Outputs(
+            logits=self.logits(hidden) if "logits" in needs else None,
+            hidden=hidden if "hidden" in needs else None,
+            hidden_states=(*states[:-1], hidden) if "hidden_states" in needs else None,
+            attention=tuple(ctx.recorded.get("attention", ())) if "attention" in needs else None,
+            aux=aux,
+        )
+
+    def _stack(self, x: Tensor, ctx: Context, state: State | None, keep: list[Tensor] | None) -> tuple[Tensor, Aux]:
+        aux: Aux = {}
+        for block in self.blocks:
+            x, new = block(x, ctx, state)
+            aux |= {key: aux[key] + value if key in aux else value for key, value in new.items()}
+            if keep is not None:
+                keep.append(x)
+        return x, aux
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The language-model head on normed hidden states (..., D): (..., V)."""
+        if self.head is not None:
+            return self.head(hidden)
+        return F.linear(hidden, self.embed.weight, self.head_bias)
+
+    def _check_length(self, n_new: int, inputs: Inputs) -> None:
+        limit = self.positions.max_positions
+        if limit is not None and inputs.positions is None and n_new > limit and inputs.doc_ids is None:
+            raise UnsupportedError(
+                f"{n_new} tokens exceed the {limit} trained positions", fix="shorten the text or use rope"
+            )
+
+    def new_state(self, rows: int, max_tokens: int | None = None) -> ContiguousState:
+        """An empty decode state for ``rows`` rows of up to ``max_tokens`` tokens (default: max_seq_len)."""
+        max_tokens = max_tokens or self.max_seq_len
+        limit = self.positions.max_positions
+        if limit is not None and max_tokens > limit:
+            raise UnsupportedError(
+                f"a state of {max_tokens} tokens exceeds the {limit} trained positions", fix="ask for fewer tokens"
+            )
+        weight = self.embed.weight
+        return ContiguousState(self.state_specs(), rows, max_tokens, weight.dtype, weight.device)
+
+    def state_specs(self) -> dict[str, StateSpec]:
+        return {name: mixer.state_spec() for name, mixer in self.mixers().items()}
+
+    def mixers(self) -> dict[str, Mixer]:
+        """Every mixer by its state's name, ``depth.mixer`` or ``depth.channel``."""
+        return {
+            f"{block.depth}.{name}": layer.mixer for block in self.blocks for name, layer in block.layers.items()
+        }
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What all mixers promise together."""
+        all_of = [mixer.capabilities for mixer in self.mixers().values()]
+        return Capabilities(**{f: all(getattr(c, f) for c in all_of) for f in Capabilities.__dataclass_fields__})
+
+
+MODELS: dict[str, type[Decoder]] = {"decoder": Decoder}
+
+
+def build(config: Config, *, seed: int = 0, device: str = "cpu") -> Decoder:
+    """A model with freshly initialised weights; ``device="meta"`` makes one without any, for counting."""
+    with torch.device(device):
+        return component(MODELS, config.kind)(config, torch.Generator("cpu").manual_seed(seed))  # type: ignore[attr-defined]

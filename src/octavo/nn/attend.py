@@ -1,0 +1,79 @@
+"""Scaled dot-product attention: a plain twin and the fast path, one signature.
+
+q (B, H, T, K), k and v (B, G, S, K) with H a multiple of G: query head h reads key head h // (H / G).
+mask (B, 1, T, S) is True where reading is allowed; None means nothing is hidden except, with ``causal``,
+later tokens (T = S then). Returns (B, H, T, K). Source: Vaswani et al. 2017, section 3.2.1; grouped heads,
+Ainslie et al. 2023.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo.nn.contracts import full_precision
+
+Attend = Callable[..., Tensor]
+
+
+def attention_weights(
+    q: Tensor, k: Tensor, mask: Tensor | None, *, causal: bool = False, scale: float | None = None
+) -> Tensor:
+    """The probabilities themselves, (B, H, T, S), softmax in float32. Grouped heads are broadcast, never copied."""
+    B, H, T, K = q.shape
+    G, S = k.shape[1], k.shape[2]
+    scores = torch.einsum("bgrtk,bgsk->bgrts", q.reshape(B, G, H // G, T, K), k) * (scale or K**-0.5)
+    if causal:
+        hidden = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, :, None], float("-inf"))
+    return full_precision(scores).softmax(-1).to(q.dtype).reshape(B, H, T, S)
+
+
+def plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """The textbook form, all scores in memory: the reference of every fast path."""
+    B, H, T, _ = q.shape
+    G, S = v.shape[1], v.shape[2]
+    weights = F.dropout(attention_weights(q, k, mask, causal=causal, scale=scale), dropout)
+    y = torch.einsum("bgrts,bgsk->bgrtk", weights.reshape(B, G, H // G, T, S), v)
+    return y.reshape(B, H, T, v.shape[-1])
+
+
+def sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """torch's fused kernels: tiles with an online softmax where the device has them."""
+    B, H, T, K = q.shape
+    G = k.shape[1]
+    if T == 1 and G != H and not causal:
+        # One query a head: the group's queries form the query axis, and each key head is read once.
+        y = F.scaled_dot_product_attention(q.reshape(B, G, H // G, K), k, v, attn_mask=mask, scale=scale)
+        return y.reshape(B, H, 1, v.shape[-1])
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, dropout_p=dropout, enable_gqa=G != H
+    )
+
+
+AttendName = Literal["sdpa", "plain"]
+ATTENDS: dict[str, Attend] = {"sdpa": sdpa, "plain": plain}

@@ -1,0 +1,144 @@
+"""Softmax attention over a row's own tokens: multi-head, grouped-query, multi-query, full or windowed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from octavo.nn.attend import ATTENDS, Attend, AttendName, attention_weights
+from octavo.nn.contracts import Aux, Capabilities, Context, Dims, Keys, Mixer
+from octavo.nn.norm import LayerNorm, RMSNorm
+from octavo.nn.projection import Projection
+from octavo.nn.state import LayerState, StateField, StateSpec
+from octavo.schema import Config, one_of
+
+
+class Reader(ABC):
+    """Which keys are read, at which positions, cached how: the part of attention that has no weights.
+
+    Replaceable on a loaded model, because nothing here was trained.
+    """
+
+    causal = True
+    window: int | None = None
+
+    @abstractmethod
+    def state_spec(self, n_kv_heads: int, head_dim: int) -> StateSpec:
+        """What must be kept between calls."""
+
+    @abstractmethod
+    def gather(self, k: Tensor, v: Tensor, ctx: Context, state: LayerState | None) -> tuple[Keys, Tensor, Tensor]:
+        """The keys and values to read, (B, S, G, K) each, given the rotated new ones (B, T, G, K)."""
+
+
+class FullReader(Reader):
+    """Every earlier token of the document."""
+
+    kind: Literal["token", "ring"] = "token"
+
+    def state_spec(self, n_kv_heads: int, head_dim: int) -> StateSpec:
+        entry = StateField(self.kind, (n_kv_heads, head_dim), length=self.window)
+        return {"k": entry, "v": entry}
+
+    def gather(self, k: Tensor, v: Tensor, ctx: Context, state: LayerState | None) -> tuple[Keys, Tensor, Tensor]:
+        if state is None:
+            return ctx.keys, k, v
+        keys, held = state.append(ctx, k=k, v=v)
+        return keys, held["k"], held["v"]
+
+
+class WindowReader(FullReader):
+    """The last ``window`` tokens, itself included: a ring of constant size (Beltagy et al. 2020, section 3.1)."""
+
+    kind = "ring"
+
+    def __init__(self, window: int):
+        self.window = window
+
+
+class Attention(Mixer):
+    """``softmax(q k^T / sqrt(K)) v`` per head, heads concatenated, projected back.
+
+    n_kv_heads = n_heads is multi-head attention (Vaswani et al. 2017, section 3.2.2), 1 is multi-query
+    (Shazeer 2019), anything between grouped-query (Ainslie et al. 2023). qk_norm normalises each head's
+    queries and keys before the rotation (Qwen3). ``dropout`` acts on the probabilities, after the softmax.
+    """
+
+    capabilities = Capabilities()
+
+    class Config(Config):
+        kind: Literal["attention"] = "attention"
+        n_heads: int = Field(8, ge=1)
+        n_kv_heads: int | None = Field(None, ge=1, description="default: n_heads")
+        head_dim: int | None = Field(None, ge=1, description="default: d_model / n_heads")
+        window: int | None = Field(None, ge=1, description="read only this many last tokens")
+        qkv_bias: bool = False
+        o_bias: bool = False
+        qk_norm: one_of({"rmsnorm": RMSNorm, "layernorm": LayerNorm}) | None = None  # type: ignore[valid-type]
+        scale: float | None = Field(None, gt=0, description="default: head_dim ** -0.5")
+        dropout: float = Field(0.0, ge=0, lt=1)
+        backend: AttendName = "sdpa"
+
+        @model_validator(mode="after")
+        def _heads_divide(self) -> Attention.Config:
+            if self.n_heads % (self.n_kv_heads or self.n_heads):
+                divisors = [str(g) for g in range(1, self.n_heads + 1) if self.n_heads % g == 0]
+                raise ValueError(
+                    f"n_kv_heads = {self.n_kv_heads} must divide n_heads = {self.n_heads}; use {', '.join(divisors)}"
+                )
+            return self
+
+    def __init__(self, config: Attention.Config, dims: Dims):
+        super().__init__()
+        self.config, D = config, dims.d_model
+        self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads or config.n_heads
+        self.head_dim = config.head_dim or D // config.n_heads
+        H, G, K = self.n_heads, self.n_kv_heads, self.head_dim
+        self.q = Projection(D, H * K, "q", bias=config.qkv_bias)
+        self.k = Projection(D, G * K, "k", bias=config.qkv_bias)
+        self.v = Projection(D, G * K, "v", bias=config.qkv_bias)
+        self.o = Projection(H * K, D, "o", bias=config.o_bias)
+        norms = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+        self.q_norm: nn.Module | None = norms[config.qk_norm.kind](config.qk_norm, K) if config.qk_norm else None
+        self.k_norm: nn.Module | None = norms[config.qk_norm.kind](config.qk_norm, K) if config.qk_norm else None
+        self.reader: Reader = WindowReader(config.window) if config.window else FullReader()
+        self.attend: Attend = ATTENDS[config.backend]
+
+    def state_spec(self) -> StateSpec:
+        return self.reader.state_spec(self.n_kv_heads, self.head_dim)
+
+    def forward(self, x: Tensor, ctx: Context, state: LayerState | None = None) -> tuple[Tensor, Aux]:
+        B, T, _ = x.shape
+        q = self.q(x).view(B, T, self.n_heads, self.head_dim)
+        k = self.k(x).view(B, T, self.n_kv_heads, self.head_dim)
+        v = self.v(x).view(B, T, self.n_kv_heads, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if ctx.rotation is not None:
+            q, k = ctx.rotation(q), ctx.rotation(k)
+        keys, k, v = self.reader.gather(k, v, ctx, state)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        # Only when nothing is packed, padded, cached or windowed does a flag say all that the mask would.
+        flag = ctx.plain and self.reader.causal and (self.reader.window is None or self.reader.window >= T)
+        mask = None if flag else ctx.mask(keys, causal=self.reader.causal, window=self.reader.window)
+        scale = self.config.scale
+        if "attention" in ctx.record:
+            weights = attention_weights(q, k, mask, causal=flag, scale=scale)
+            ctx.recorded.setdefault("attention", []).append(weights)
+        y = self.attend(
+            q, k, v, mask, causal=flag, scale=scale, dropout=self.config.dropout if self.training else 0.0
+        )
+        return self.o(y.transpose(1, 2).reshape(B, T, -1)), {}
+
+    def flops(self, n_queries: int, n_keys: int) -> int:
+        projections = sum(p.d_in * p.d_out for p in (self.q, self.k, self.v, self.o))
+        return 2 * n_queries * projections + 4 * n_queries * n_keys * self.n_heads * self.head_dim
+
+    def predicted_parameters(self) -> int:
+        norms = 0
+        if self.config.qk_norm:
+            norms = 2 * self.head_dim * (2 if getattr(self.config.qk_norm, "bias", False) else 1)
+        return sum(p.n_parameters() for p in (self.q, self.k, self.v, self.o)) + norms

@@ -1,0 +1,174 @@
+"""The contracts every component keeps: Mixer, Context, Capabilities, Dims, Inputs, Outputs.
+
+Letters used for tensor axes everywhere: B rows, T query tokens, S key tokens, D d_model, F d_ff,
+H query heads, G key/value heads, K head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from octavo.nn.position import Rotation
+    from octavo.nn.state import LayerState, StateSpec
+    from octavo.schema import Config
+
+Aux = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Dims:
+    """What a component may know about the model around it when it is built."""
+
+    d_model: int
+    n_layers: int
+    max_seq_len: int
+    depth: int = 0
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a component promises. The laws test every promise; what is not promised is refused by name.
+
+    causal: the output at a token depends on no later token. packed: documents in one row do not mix.
+    incremental: prefill and decode in any cut equal one full pass. batch_independent: a row alone equals
+    the row in a batch. constant_state: state bytes do not grow with the length. compilable: torch.compile
+    traces it without a graph break.
+    """
+
+    causal: bool = True
+    packed: bool = True
+    incremental: bool = True
+    batch_independent: bool = True
+    constant_state: bool = False
+    compilable: bool = True
+
+
+class Keys(NamedTuple):
+    """Which token each key is: ``slots`` (B, S) its place in the row, -1 where there is none; ``doc_ids`` (B, S)."""
+
+    slots: Tensor
+    doc_ids: Tensor
+
+
+@dataclass
+class Context:
+    """What every layer may know about the tokens; built once per forward by the backbone.
+
+    positions (B, T) feed rotary tables and biases; slots (B, T) count the valid tokens of a row and order
+    them (the two differ in packed rows, where positions restart); doc_ids (B, T); valid (B, T) is False on
+    padding; starts (B, T) is True where a token begins another document than the valid token before it, the
+    one place where a recurrence resets. ``plain`` says that nothing is packed, padded or cached, so that a
+    causal flag can stand for the mask.
+    """
+
+    positions: Tensor
+    slots: Tensor
+    doc_ids: Tensor
+    valid: Tensor
+    starts: Tensor
+    plain: bool
+    keys: Keys
+    rotation: Rotation | None = None
+    record: frozenset[str] = frozenset()
+    recorded: dict[str, list[Tensor]] = field(default_factory=dict)
+    _masks: dict[tuple[bool, int | None], Tensor] = field(default_factory=dict)
+
+    def mask(self, keys: Keys, *, causal: bool = True, window: int | None = None) -> Tensor:
+        """The mask rule: who may read whom, (B, 1, T, S), True where reading is allowed.
+
+        A query reads keys of its own document that are not later than itself and, with a ``window``, not
+        further back than ``window - 1`` tokens. Queries on padding read everything: their output is
+        discarded, and a softmax over nothing would be NaN.
+        """
+        shared = keys is self.keys  # every layer over the same keys asks for the same mask
+        if shared and (causal, window) in self._masks:
+            return self._masks[causal, window]
+        query, key = self.slots[:, :, None], keys.slots[:, None, :]
+        allowed = (key >= 0) & (keys.doc_ids[:, None, :] == self.doc_ids[:, :, None])
+        if causal:
+            allowed = allowed & (key <= query)
+        if window is not None:
+            allowed = allowed & (key > query - window)
+        mask = (allowed | ~self.valid[:, :, None])[:, None]
+        if shared:
+            self._masks[causal, window] = mask
+        return mask
+
+
+@dataclass
+class Inputs:
+    """The named tensors of a forward pass.
+
+    tokens (B, T) int64. Optional: valid (B, T) bool, False on padding, on either side; doc_ids (B, T) for
+    packed rows; positions (B, T), by default counted from each document's start.
+    """
+
+    tokens: Tensor
+    valid: Tensor | None = None
+    doc_ids: Tensor | None = None
+    positions: Tensor | None = None
+
+
+@dataclass
+class Outputs:
+    """What a forward pass was asked for; the rest is None.
+
+    logits (B, T, V). hidden (B, T, D): the normed last hidden state. hidden_states: the embedding output,
+    the output of layers 1 to n-1, and the normed last, n+1 tensors. attention: one (B, H, T, S) per
+    attention layer. aux: additive figures by name, each a sum over valid tokens.
+    """
+
+    logits: Tensor | None = None
+    hidden: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attention: tuple[Tensor, ...] | None = None
+    aux: Aux = field(default_factory=dict)
+
+
+class Mixer(nn.Module, ABC):
+    """The one contract of token mixers and channel mixers.
+
+    A mixer holds parameters only. What it must remember between calls it describes in ``state_spec`` and
+    receives as ``state``, which belongs to the caller. Every weight product inside is a ``Projection``.
+    """
+
+    Config: ClassVar[type[Config]]
+    capabilities: ClassVar[Capabilities] = Capabilities()
+
+    @abstractmethod
+    def forward(self, x: Tensor, ctx: Context, state: LayerState | None = None) -> tuple[Tensor, Aux]:
+        """Mix ``x`` (B, T, D) into (B, T, D); ``aux`` holds additive figures such as auxiliary losses."""
+
+    def state_spec(self) -> StateSpec:
+        """The fields this mixer keeps between calls, by name; none by default."""
+        return {}
+
+    @abstractmethod
+    def flops(self, n_queries: int, n_keys: int) -> int:
+        """Multiply-adds times two of one row's forward pass, matrix products only."""
+
+    @abstractmethod
+    def predicted_parameters(self) -> int:
+        """The parameter count by formula; a law holds it equal to the real count."""
+
+
+class Predictor(Protocol):
+    """What evaluation, decoding and serving need of a model, neural or not."""
+
+    vocab_size: int
+    max_seq_len: int
+
+    def state_specs(self) -> dict[str, StateSpec]: ...
+
+    def __call__(self, inputs: Inputs, state: Any = None, needs: tuple[str, ...] = ("logits",)) -> Outputs: ...
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """``x`` in float32, or unchanged if it is wider: where reductions must not be done in 16 bits."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

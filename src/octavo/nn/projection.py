@@ -1,0 +1,82 @@
+"""Weight products with a role, and how each role is initialised.
+
+Roles are the vocabulary by which initialisation, optimizer groups, adapters, quantisation, tensor-parallel
+plans and checkpoint importers speak of weights: embed, position, q, k, v, o, gate, up, down, head, norm.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from octavo.schema import Config
+
+# Roles whose product is added to the residual stream: their variance adds up over the depth.
+RESIDUAL_ROLES = frozenset({"o", "down"})
+
+
+class InitConfig(Config):
+    """How weights start. ``normal``: N(0, std); biases zero, norms one.
+
+    scale_residual divides the std of products that feed the residual stream by sqrt(2 n_layers)
+    (GPT-2: Radford et al. 2019, section 2.3).
+    """
+
+    kind: Literal["normal"] = "normal"
+    std: float = 0.02
+    scale_residual: bool = True
+
+
+class Projection(nn.Module):
+    """``y = x W^T + b`` with weight (d_out, d_in): x (..., d_in) to (..., d_out)."""
+
+    def __init__(self, d_in: int, d_out: int, role: str, *, bias: bool = False):
+        super().__init__()
+        self.d_in, self.d_out, self.role = d_in, d_out, role
+        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+        self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def n_parameters(self) -> int:
+        return self.d_in * self.d_out + (self.d_out if self.bias is not None else 0)
+
+    def extra_repr(self) -> str:
+        return f"{self.d_in}, {self.d_out}, role={self.role}, bias={self.bias is not None}"
+
+
+class Embedding(nn.Module):
+    """One row of the weight (n, d) per id: ids (...) to (..., d). ``padding_id``'s row gets no gradient."""
+
+    def __init__(self, n: int, d: int, role: str, *, padding_id: int | None = None):
+        super().__init__()
+        self.n, self.d, self.role, self.padding_id = n, d, role, padding_id
+        self.weight = nn.Parameter(torch.empty(n, d))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight, self.padding_id)
+
+    def extra_repr(self) -> str:
+        return f"{self.n}, {self.d}, role={self.role}"
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, config: InitConfig, n_layers: int, generator: torch.Generator | None = None) -> None:
+    """Set every weight of ``model`` in place by its role; components without a role say how in ``reset``."""
+    for module in model.modules():
+        if isinstance(module, Projection | Embedding):
+            scale = (2 * n_layers) ** -0.5 if config.scale_residual and module.role in RESIDUAL_ROLES else 1.0
+            # Drawn in fp32 on the CPU so that the start does not depend on dtype or device.
+            weight = torch.empty(module.weight.shape, dtype=torch.float32)
+            weight.normal_(0.0, config.std * scale, generator=generator)
+            module.weight.copy_(weight)
+            if isinstance(module, Embedding) and module.padding_id is not None:
+                module.weight[module.padding_id].zero_()
+            if isinstance(module, Projection) and module.bias is not None:
+                module.bias.zero_()
+        elif hasattr(module, "reset"):
+            module.reset()

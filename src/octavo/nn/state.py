@@ -1,0 +1,257 @@
+"""Decode state: described by the mixer, owned by the caller.
+
+``StateField`` says what one field is; ``State`` is what a caller holds for a batch of rows and what it can
+do with it (snapshot, restore, truncate, count bytes); ``LayerState`` is the slice that one mixer sees.
+``ContiguousState`` keeps every field in one buffer per row; a paged engine implements the same two classes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from octavo.errors import ResourceError
+from octavo.nn.contracts import Context, Inputs, Keys
+
+
+@dataclass(frozen=True)
+class StateField:
+    """One named field of a mixer's state.
+
+    kind: ``token`` grows by one entry a token; ``ring`` keeps the last ``length`` tokens; ``row`` is fixed
+    per row; ``memory`` is filled once (an encoder's keys). shape: of one entry, without row and token axes.
+    dtype: None means the model's compute dtype. length: entries of a ring or memory.
+    """
+
+    kind: Literal["token", "ring", "row", "memory"]
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
+    length: int | None = None
+
+    def n_bytes(self, max_tokens: int, dtype: torch.dtype) -> int:
+        """Bytes of one row of this field when up to ``max_tokens`` tokens are held."""
+        entries = {"token": max_tokens, "row": 1}.get(self.kind, self.length or 0)
+        return entries * prod(self.shape) * (self.dtype or dtype).itemsize
+
+
+StateSpec = dict[str, StateField]
+
+
+class LayerState(ABC):
+    """One mixer's slice of the state, for the duration of a forward pass."""
+
+    @abstractmethod
+    def append(self, ctx: Context, **new: Tensor) -> tuple[Keys, dict[str, Tensor]]:
+        """Store the valid tokens of (B, T, ...) tensors; returns everything readable now, (B, S, ...), and its Keys."""
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """A row or memory field, (B, ...)."""
+
+    @abstractmethod
+    def write(self, **new: Tensor) -> None:
+        """Replace row or memory fields."""
+
+
+class State(ABC):
+    """The decode state of a batch of rows. ``lengths`` (B,) counts the valid tokens each row has seen."""
+
+    lengths: Tensor
+
+    @abstractmethod
+    def begin(self, inputs: Inputs) -> Context:
+        """Place the new tokens and build the context of this forward pass."""
+
+    @abstractmethod
+    def layer(self, name: str) -> LayerState | None:
+        """The slice of the mixer called ``name``; None if it keeps nothing."""
+
+    @abstractmethod
+    def snapshot(self) -> object:
+        """A copy that ``restore`` can go back to."""
+
+    @abstractmethod
+    def restore(self, snapshot: object) -> None:
+        """Go back to a snapshot of this state."""
+
+    @abstractmethod
+    def truncate(self, lengths: Tensor) -> bool:
+        """Forget tokens beyond ``lengths`` (B,). False, and no change, where a field cannot go back."""
+
+    @property
+    @abstractmethod
+    def n_bytes(self) -> int:
+        """Bytes held."""
+
+
+def place(
+    inputs: Inputs, lengths: Tensor | None = None, last_doc: Tensor | None = None, doc_start: Tensor | None = None
+) -> tuple[Context, Tensor, Tensor, Tensor]:
+    """Slots, positions and document starts of new tokens, given what each row has seen.
+
+    Returns the context (its keys are the new tokens alone) and the carried values after these tokens:
+    lengths, last document id and the slot at which that document began, each (B,).
+    """
+    tokens = inputs.tokens
+    B, T = tokens.shape
+    device = tokens.device
+    plain = inputs.valid is None and inputs.doc_ids is None and inputs.positions is None and lengths is None
+    valid = inputs.valid if inputs.valid is not None else torch.ones(B, T, dtype=torch.bool, device=device)
+    doc_ids = inputs.doc_ids if inputs.doc_ids is not None else torch.zeros(B, T, dtype=torch.long, device=device)
+    fresh = lengths is None
+    if lengths is None or last_doc is None or doc_start is None:
+        lengths = torch.zeros(B, dtype=torch.long, device=device)
+        last_doc, doc_start = torch.full_like(lengths, -1), torch.zeros_like(lengths)
+    order = torch.arange(T, device=device)
+    slots = lengths[:, None] + valid.cumsum(1) - 1
+
+    # The last valid token at or before each one, so that padding anywhere is invisible to its neighbours.
+    latest = torch.where(valid, order, -1).cummax(1).values
+    before = torch.cat([torch.full_like(latest[:, :1], -1), latest[:, :-1]], 1)
+    previous_doc = torch.where(before >= 0, doc_ids.gather(1, before.clamp(min=0)), last_doc[:, None])
+    starts = valid & (doc_ids != previous_doc)
+
+    begin = torch.where(starts, slots, -1).cummax(1).values
+    begin = torch.where(begin >= 0, begin, doc_start[:, None])
+    positions = inputs.positions if inputs.positions is not None else (slots - begin).clamp(min=0)
+    seen = latest[:, -1:] >= 0
+    last = torch.where(seen, doc_ids.gather(1, latest[:, -1:].clamp(min=0)), last_doc[:, None])[:, 0]
+    keys = Keys(torch.where(valid, slots, -1), doc_ids)
+    ctx = Context(positions, slots, doc_ids, valid, starts, plain and fresh, keys)
+    return ctx, lengths + valid.sum(1), last, begin[:, -1]
+
+
+class ContiguousState(State):
+    """Every field in one buffer: (B, max_tokens + 1, ...) for tokens, (B, length + 1, ...) for rings.
+
+    The extra entry at the end takes what must not be kept (padding), so that writing needs no branch.
+    """
+
+    def __init__(
+        self,
+        specs: dict[str, StateSpec],
+        rows: int,
+        max_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ):
+        self.max_tokens = max_tokens
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self.last_doc = torch.full_like(self.lengths, -1)
+        self.doc_start = torch.zeros_like(self.lengths)
+        self.doc_ids = torch.full((rows, max_tokens + 1), -1, dtype=torch.long, device=device)
+        self.used = 0  # an upper bound of lengths, known without asking the device
+        self.layers = {n: _ContiguousLayer(self, spec, rows, dtype, device) for n, spec in specs.items() if spec}
+
+    def begin(self, inputs: Inputs) -> Context:
+        T = inputs.tokens.shape[1]
+        if self.used + T > self.max_tokens:  # the bound counts padding too: only now ask for the real lengths
+            added = T if inputs.valid is None else int(inputs.valid.sum(1).max())
+            self.used = int(self.lengths.max())
+            if self.used + added > self.max_tokens:
+                raise ResourceError(
+                    f"the decode state holds {self.max_tokens} tokens a row, {self.used + added} are needed",
+                    fix="ask for a state with more tokens, or start a new one",
+                )
+        ctx, self.lengths, self.last_doc, self.doc_start = place(inputs, self.lengths, self.last_doc, self.doc_start)
+        self.used = min(self.used + T, self.max_tokens)
+        slots = torch.where(ctx.valid, ctx.slots, self.max_tokens)
+        self.doc_ids.scatter_(1, slots, ctx.doc_ids)
+        place_of = torch.arange(self.used, device=slots.device)
+        filled = torch.where(place_of < self.lengths[:, None], place_of, -1)
+        ctx.keys = Keys(filled, self.doc_ids[:, : self.used])
+        return ctx
+
+    def layer(self, name: str) -> LayerState | None:
+        return self.layers.get(name)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        own = {"lengths": self.lengths, "last_doc": self.last_doc, "doc_start": self.doc_start, "doc_ids": self.doc_ids}
+        return own | {f"{n}.{f}": t for n, layer in self.layers.items() for f, t in layer.buffers.items()}
+
+    def snapshot(self) -> object:
+        return self.used, {name: tensor.clone() for name, tensor in self._tensors().items()}
+
+    def restore(self, snapshot: object) -> None:
+        self.used, saved = snapshot  # type: ignore[misc]
+        for name, tensor in self._tensors().items():
+            tensor.copy_(saved[name])
+
+    def truncate(self, lengths: Tensor) -> bool:
+        fields = [field for layer in self.layers.values() for field in layer.spec.values()]
+        if any(field.kind in ("row", "ring") for field in fields) and bool((lengths < self.lengths).any()):
+            return False
+        self.lengths = torch.minimum(self.lengths, lengths)
+        self.used = int(self.lengths.max())
+        self.last_doc = self.doc_ids.gather(1, (self.lengths - 1).clamp(min=0)[:, None])[:, 0]
+        self.last_doc = torch.where(self.lengths > 0, self.last_doc, -1)
+        same = (self.doc_ids[:, : self.max_tokens] == self.last_doc[:, None]) & (
+            torch.arange(self.max_tokens, device=lengths.device) < self.lengths[:, None]
+        )
+        self.doc_start = torch.where(self.lengths > 0, same.int().argmax(1), 0)
+        return True
+
+    def select(self, rows: Tensor) -> None:
+        """Keep (or copy) the rows given by index (B',), in that order."""
+        self.lengths, self.last_doc = self.lengths[rows], self.last_doc[rows]
+        self.doc_start, self.doc_ids = self.doc_start[rows], self.doc_ids[rows]
+        for layer in self.layers.values():
+            layer.buffers = {name: tensor[rows] for name, tensor in layer.buffers.items()}
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for layer in self.layers.values() for t in layer.buffers.values())
+
+
+class _ContiguousLayer(LayerState):
+    def __init__(
+        self, owner: ContiguousState, spec: StateSpec, rows: int, dtype: torch.dtype, device: torch.device | str
+    ):
+        self.owner, self.spec = owner, spec
+        self.buffers: dict[str, Tensor] = {}
+        for name, field in spec.items():
+            entries = {"token": (owner.max_tokens + 1,), "row": ()}.get(field.kind)
+            if entries is None:
+                entries = ((field.length or 0) + (field.kind == "ring"),)
+            shape = (rows, *entries, *field.shape)
+            self.buffers[name] = torch.zeros(shape, dtype=field.dtype or dtype, device=device)
+        rings = {field.length for field in spec.values() if field.kind == "ring"}
+        if rings:  # which slot each ring entry holds, and its document
+            (length,) = rings
+            self.buffers["_slots"] = torch.full((rows, (length or 0) + 1), -1, dtype=torch.long, device=device)
+            self.buffers["_docs"] = torch.full_like(self.buffers["_slots"], -1)
+
+    def append(self, ctx: Context, **new: Tensor) -> tuple[Keys, dict[str, Tensor]]:
+        kinds = {self.spec[name].kind for name in new}
+        if kinds == {"ring"}:
+            return self._append_ring(ctx, new)
+        slots = torch.where(ctx.valid, ctx.slots, self.owner.max_tokens)
+        rows = torch.arange(slots.shape[0], device=slots.device)[:, None]
+        for name, value in new.items():
+            self.buffers[name][rows, slots] = value.to(self.buffers[name].dtype)
+        return ctx.keys, {name: self.buffers[name][:, : self.owner.used] for name in new}
+
+    def _append_ring(self, ctx: Context, new: dict[str, Tensor]) -> tuple[Keys, dict[str, Tensor]]:
+        length = self.buffers["_slots"].shape[1] - 1
+        old = self.buffers["_slots"][:, :length], self.buffers["_docs"][:, :length]
+        keys = Keys(torch.cat([old[0], torch.where(ctx.valid, ctx.slots, -1)], 1), torch.cat([old[1], ctx.doc_ids], 1))
+        out = {n: torch.cat([self.buffers[n][:, :length], v.to(self.buffers[n].dtype)], 1) for n, v in new.items()}
+        # Of more new tokens than the ring holds only the last may be written: two writes to one entry have no order.
+        last = self.owner.lengths[:, None] - length
+        target = torch.where(ctx.valid & (ctx.slots >= last), ctx.slots % max(length, 1), length)
+        rows = torch.arange(target.shape[0], device=target.device)[:, None]
+        for name, value in [*new.items(), ("_slots", ctx.slots), ("_docs", ctx.doc_ids)]:
+            self.buffers[name][rows, target] = value.to(self.buffers[name].dtype)
+        return keys, out
+
+    def read(self, name: str) -> Tensor:
+        return self.buffers[name]
+
+    def write(self, **new: Tensor) -> None:
+        for name, value in new.items():
+            self.buffers[name].copy_(value)

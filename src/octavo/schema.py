@@ -1,0 +1,66 @@
+"""The base of every configuration object, and the tagged union over a component table.
+
+A configuration is a frozen pydantic model that refuses unknown keys. Where one of several components
+is chosen, the choice is a ``kind`` and the other keys belong to that kind alone, so that options which
+exclude each other cannot be written down together.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Annotated, Any, Union
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidatorFunctionWrapHandler, WrapValidator
+
+
+class Config(BaseModel):
+    """Base of all configuration: immutable, unknown keys refused, no coercion of text to numbers' kin."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+def load_object(path: str) -> Any:
+    """Import ``package.module:Name``.
+
+    Raises:
+        ValueError: the module or the name in it does not exist (pydantic reports where it was written).
+    """
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot import {path!r}: {error}") from None
+
+
+def one_of(table: Mapping[str, type], default: str | None = None) -> Any:
+    """The type of a field that holds one component's configuration out of ``table``.
+
+    ``table`` maps a ``kind`` to a component class whose nested ``Config`` has ``kind: Literal[...]``.
+    A ``kind`` with a colon, ``package.module:Class``, names a user's own component: its ``Config`` is
+    used the same way. A bare string is short for ``{kind: string}``.
+    """
+    configs = tuple(component.Config for component in table.values())
+    union: Any = Union[configs] if len(configs) > 1 else configs[0]  # noqa: UP007 - built at run time
+    if len(configs) > 1:
+        union = Annotated[union, Field(discriminator="kind")]
+
+    def choose(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        if isinstance(value, str):
+            value = {"kind": value}
+        if isinstance(value, BaseModel):
+            return value
+        if isinstance(value, Mapping):
+            if "kind" not in value and default is not None:
+                value = {"kind": default, **value}
+            kind = value.get("kind")
+            if isinstance(kind, str) and ":" in kind:
+                return load_object(kind).Config.model_validate(dict(value))
+        return handler(value)
+
+    return Annotated[SerializeAsAny[union], WrapValidator(choose)]
+
+
+def component(table: Mapping[str, type], kind: str) -> type:
+    """The class behind a ``kind``: a table entry, or a user's own ``package.module:Class``."""
+    return load_object(kind) if ":" in kind else table[kind]
