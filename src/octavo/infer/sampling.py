@@ -1,0 +1,170 @@
+"""From logits to the next token: temperature, truncation, penalties, one seeded choice.
+
+All functions are pure and work on logits (B, V); a token that cannot be chosen has logit ``-inf``. The order
+is the one of transformers' ``generate``: penalties, bias, temperature, top-k, top-p, min-p.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field, StringConstraints
+
+from octavo.errors import NumericError
+from octavo.schema import Config
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+GREEDY_BELOW = 1e-6
+"""Temperatures under this are argmax: the limit, without dividing by a number float32 calls zero."""
+
+
+class SamplingConfig(Config):
+    """How tokens are chosen and when to stop."""
+
+    temperature: float = Field(1.0, ge=0, description="0 is argmax, 1 the model's own distribution, inf uniform.")
+    top_k: int = Field(0, ge=0, description="Keep the k most probable tokens; 0 keeps all.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Keep the smallest set of tokens with this much probability.")
+    min_p: float = Field(0.0, ge=0, le=1, description="Drop tokens below this share of the best token's probability.")
+    repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False, description="CTRL's; 1 is off, above 1 repels.")
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="Subtracted once from the logit of a produced token.")
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="Subtracted for every time it was produced.")
+    logit_bias: dict[int, float] = Field(default_factory=dict, description="Added to the logit of a token id.")
+    seed: int | None = Field(None, ge=0, lt=2**63, description="Row i of a batch draws from seed + i; none: random.")
+    max_new_tokens: int = Field(256, ge=1, description="Tokens to produce at most.")
+    stop: tuple[Annotated[str, StringConstraints(min_length=1)], ...] = Field((), description="Texts that end it.")
+
+
+def with_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """Logits whose softmax is ``p ** (1 / T)``, renormalised; excluded tokens stay excluded.
+
+    T = 0 leaves only the most probable token (the first of equals), T = inf makes all that are left equal.
+    """
+    if temperature < GREEDY_BELOW:
+        best = logits.argmax(-1, keepdim=True)
+        return logits.new_full(logits.shape, -math.inf).scatter(-1, best, 0.0)
+    above = logits - logits.amax(-1, keepdim=True)  # at most 0, so that a small T cannot overflow
+    return (above / temperature).masked_fill(logits == -math.inf, -math.inf)
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Exclude all but the ``k`` largest logits; ties with the k-th stay. 0 keeps all."""
+    if k <= 0 or k >= logits.shape[-1]:
+        return logits
+    return logits.masked_fill(logits < logits.topk(k, -1).values[..., -1:], -math.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Nucleus: keep the most probable tokens until their probability reaches ``p``; at least one stays.
+
+    Source: Holtzman et al. 2019, section 3.1.
+    """
+    if p >= 1:
+        return logits
+    ascending, order = logits.sort(-1)
+    drop = ascending.softmax(-1).cumsum(-1) <= 1 - p
+    drop[..., -1] = False
+    return logits.masked_fill(drop.scatter(-1, order, drop), -math.inf)
+
+
+def keep_min_p(logits: Tensor, p: float) -> Tensor:
+    """Exclude tokens less probable than ``p`` times the most probable one. Source: Nguyen et al. 2024."""
+    if p <= 0:
+        return logits
+    probs = logits.softmax(-1)
+    return logits.masked_fill(probs < p * probs.amax(-1, keepdim=True), -math.inf)
+
+
+def penalise_repetition(logits: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> Tensor:
+    """Divide positive and multiply negative logits of the ids ``seen`` in each row (prompt included).
+
+    Source: Keskar et al. 2019 (CTRL), section 4.1, in transformers' form that always repels.
+    """
+    if penalty == 1:
+        return logits
+    logits = logits.clone()
+    for row, ids in zip(logits, seen, strict=True):
+        index = _index(row, ids)
+        values = row[index]
+        row[index] = values.where(values <= 0, values / penalty).where(values > 0, values * penalty)
+    return logits
+
+
+def penalise_produced(logits: Tensor, produced: Sequence[Sequence[int]], presence: float, frequency: float) -> Tensor:
+    """Subtract ``presence + frequency * count`` from the logit of every produced token (the OpenAI definition)."""
+    if not presence and not frequency:
+        return logits
+    logits = logits.clone()
+    for row, ids in zip(logits, produced, strict=True):
+        for token, count in Counter(ids).items():
+            row[token] -= presence + frequency * count
+    return logits
+
+
+def add_bias(logits: Tensor, bias: Mapping[int, float]) -> Tensor:
+    """Add a number to the logits of some ids."""
+    if not bias:
+        return logits
+    logits = logits.clone()
+    logits[..., list(bias)] += logits.new_tensor(list(bias.values()))
+    return logits
+
+
+def shape(
+    logits: Tensor, config: SamplingConfig, prompts: Sequence[Sequence[int]], produced: Sequence[Sequence[int]]
+) -> Tensor:
+    """All of the above in order: logits (B, V) -> logits (B, V) whose softmax is drawn from."""
+    if config.repetition_penalty != 1:
+        seen = [[*prompt, *ids] for prompt, ids in zip(prompts, produced, strict=True)]
+        logits = penalise_repetition(logits, seen, config.repetition_penalty)
+    logits = penalise_produced(logits, produced, config.presence_penalty, config.frequency_penalty)
+    logits = with_temperature(add_bias(logits, config.logit_bias), config.temperature)
+    return keep_min_p(keep_top_p(keep_top_k(logits, config.top_k), config.top_p), config.min_p)
+
+
+def draw(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """One token per row: logits (B, V) -> (B,) int64, by inverting the cumulative distribution.
+
+    Each row takes exactly one number from its own generator, so its tokens do not depend on its neighbours
+    in the batch. In float64, where the largest uniform number times the total stays below the total.
+
+    Raises:
+        NumericError: a row has a NaN, or nothing that can be chosen.
+    """
+    import torch
+
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    total = cumulative[:, -1]
+    if not bool((total > 0).all()):  # a NaN fails this too
+        row = int((~(total > 0)).nonzero()[0])
+        raise NumericError(
+            f"row {row} has no token with a finite logit", fix="check the weights: the model's output is not a number"
+        )
+    uniform = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
+    threshold = uniform.to(total.device) * total
+    return torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0]
+
+
+def generators(config: SamplingConfig, rows: int) -> list[torch.Generator]:
+    """One random stream per row: seed + row, or fresh entropy without a seed."""
+    import torch
+
+    streams = [torch.Generator() for _ in range(rows)]
+    for row, stream in enumerate(streams):
+        if config.seed is None:
+            stream.seed()
+        else:
+            stream.manual_seed((config.seed + row) % 2**63)
+    return streams
+
+
+def _index(row: Tensor, ids: Sequence[int]) -> Tensor:
+    """The distinct ids as an index into ``row``."""
+    import torch
+
+    return torch.tensor(sorted(set(ids)), dtype=torch.long, device=row.device)
