@@ -44,18 +44,22 @@ SKIPPED_FILES = frozenset(
 )
 SKIPPED_PREFIXES = ("_sysconfigdata", "config-", "__phello__")
 
-# Importing these does nothing but define names. Modules written in C come first; the others stand in where the
-# library's source is not installed.
-C_MODULES = tuple(
-    "builtins _collections _functools _operator array atexit binascii cmath errno faulthandler gc itertools marshal "
-    "math select sys time unicodedata zlib".split()
-)
+# Modules written in C and the public name of what they hold. Importing these, and those below that stand in where
+# the library's source is not installed, does nothing but define names.
+C_MODULES = {
+    name: {"posix": "os"}.get(name, name.lstrip("_"))
+    for name in (
+        "builtins _collections _csv _functools _io _operator _random _signal _socket _stat _struct _weakref array "
+        "atexit binascii cmath errno faulthandler fcntl gc itertools marshal math mmap posix pwd resource select sys "
+        "time unicodedata zlib"
+    ).split()
+}
 SAFE_MODULES = tuple(
     "abc argparse ast base64 bisect calendar cmd codecs collections colorsys configparser contextlib copy csv "
-    "dataclasses datetime decimal difflib dis email enum fileinput fnmatch fractions functools getopt glob gzip hashlib "
-    "heapq hmac html http inspect io ipaddress json keyword linecache locale logging mimetypes operator os pathlib "
-    "pickle pprint queue random re sched shelve shlex shutil socket stat statistics string struct subprocess tempfile "
-    "textwrap threading timeit token tokenize traceback types unittest urllib.parse uuid warnings weakref "
+    "dataclasses datetime decimal difflib dis email enum fileinput fnmatch fractions functools getopt glob gzip "
+    "hashlib heapq hmac html http inspect io ipaddress json keyword linecache locale logging mimetypes operator os "
+    "pathlib pickle pprint queue random re sched shelve shlex shutil socket stat statistics string struct subprocess "
+    "tempfile textwrap threading timeit token tokenize traceback types unittest urllib.parse uuid warnings weakref "
     "xml.dom zipfile".split()
 )
 
@@ -99,6 +103,7 @@ class Entry:
         signature: the parameters in parentheses without ``self``; empty where there are none to know.
         doc: the docstring, dedented.
         line: where it is defined; 0 if unknown.
+        public: meant for users: no leading underscore anywhere, and in ``__all__`` where the module has one.
     """
 
     module: str
@@ -107,6 +112,7 @@ class Entry:
     signature: str
     doc: str
     line: int = 0
+    public: bool = True
 
     @property
     def text(self) -> str:
@@ -152,7 +158,7 @@ def entries(root: Path | None = None, report: StdlibReport | None = None) -> Ite
     for source in source_files(root, report):
         found = True
         yield from file_entries(source)
-    for name in C_MODULES if found else C_MODULES + SAFE_MODULES:
+    for name in (*C_MODULES, *(() if found else SAFE_MODULES)):
         yield from live_entries(name)
 
 
@@ -178,7 +184,7 @@ def file_entries(source: SourceFile) -> Iterator[Entry]:
     """The docstrings of one parsed module: its own, its classes', functions' and methods'."""
     if doc := ast.get_docstring(source.tree):
         yield Entry(source.module, "", "module", "", doc.strip(), 1)
-    yield from _tree_entries(source.module, source.tree, "")
+    yield from _tree_entries(source.module, source.tree, "", _exported(source.tree))
 
 
 def live_entries(module_name: str) -> Iterator[Entry]:
@@ -187,8 +193,7 @@ def live_entries(module_name: str) -> Iterator[Entry]:
         module = importlib.import_module(module_name)
     except ImportError:
         return
-    public = module_name.lstrip("_") if module_name in C_MODULES else module_name
-    public = "collections" if public == "_collections" else public
+    public = C_MODULES.get(module_name, module_name)
     if doc := inspect.getdoc(module):
         yield Entry(public, "", "module", "", doc)
     for name in sorted(vars(module)):
@@ -221,10 +226,21 @@ def _paths(root: Path) -> Iterator[Path]:
                 yield path
 
 
-def _tree_entries(module: str, tree: ast.AST, prefix: str) -> Iterator[Entry]:
+def _exported(tree: ast.Module) -> set[str] | None:
+    """The names in ``__all__`` where it is written out, else None."""
+    names: set[str] = set()
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id == "__all__" for target in targets):
+            names |= {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    return names or None
+
+
+def _tree_entries(module: str, tree: ast.AST, prefix: str, exported: set[str] | None) -> Iterator[Entry]:
+    hidden = module.startswith("_") or "._" in module
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If | ast.Try):
-            yield from _tree_entries(module, node, prefix)
+            yield from _tree_entries(module, node, prefix, exported)
         if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         name = prefix + node.name
@@ -232,9 +248,11 @@ def _tree_entries(module: str, tree: ast.AST, prefix: str) -> Iterator[Entry]:
         doc = (ast.get_docstring(node) or "").strip()
         if doc:
             kind = "class" if is_class else "method" if prefix else "function"
-            yield Entry(module, name, kind, _signature(node, bool(prefix)), doc, node.lineno)
+            private = hidden or name.startswith("_") or "._" in name
+            public = not private and (exported is None or name.partition(".")[0] in exported)
+            yield Entry(module, name, kind, _signature(node, bool(prefix)), doc, node.lineno, public)
         if is_class:
-            yield from _tree_entries(module, node, f"{name}.")
+            yield from _tree_entries(module, node, f"{name}.", exported)
 
 
 def _signature(node: ast.AST, is_method: bool) -> str:
@@ -285,9 +303,9 @@ def _all_documents(config: StdlibConfig, report: StdlibReport, root: Path | None
             blocks = _code_blocks(source, config.document_bytes, wants_docstrings)
             yield from pieces(blocks, source.module, "source", "\n\n\n", f"# {source.module}\n\n")
     if wants_docstrings:
-        for name in C_MODULES if found else C_MODULES + SAFE_MODULES:
+        for name in (*C_MODULES, *(() if found else SAFE_MODULES)):
             texts = [(entry.text, 0) for entry in live_entries(name)]
-            yield from pieces(texts, name.lstrip("_"), "docstrings", "\n\n\n")
+            yield from pieces(texts, C_MODULES.get(name, name), "docstrings", "\n\n\n")
     if wants_source and not found:
         report.skipped["source not installed"] += 1
 

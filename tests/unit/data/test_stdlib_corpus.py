@@ -88,7 +88,7 @@ def test_docstrings_are_dedented_and_named(library):
 
 def test_source_loses_docstrings_only_when_they_are_a_part_of_their_own(library):
     alone, _ = of_library(library, parts=("source",))
-    both, report = of_library(library, parts=("docstrings", "source"))
+    both, _ = of_library(library, parts=("docstrings", "source"))
     assert "Returns it." in alone["boxes"].text and "Open a box." in alone["boxes"].text
     code = both["boxes"].text
     assert code == (

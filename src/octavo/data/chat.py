@@ -1,0 +1,259 @@
+"""Conversations for instruction tuning: read from the usual file formats, checked, and made into samples.
+
+Files are .jsonl, .jsonl.gz or .json (a list of rows); `octavo.data.chat_formats` has the four shapes of rows. A row
+that is not what it claims to be is an error with file and line; a row that is well formed but holds nothing to
+learn is dropped and counted.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from glob import glob
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from octavo.data.chat_formats import COLUMNS, BadRow, Format, Message, Useless, convert, detect, kind_of
+from octavo.errors import DataError, did_you_mean
+from octavo.schema import Config
+
+if TYPE_CHECKING:
+    from octavo.tokenizer import Tokenizer
+
+MAX_ROW_BYTES = 64 * 2**20
+SHOWN_ERRORS = 5
+
+
+class ChatConfig(Config):
+    """Where conversations come from and how their rows are read.
+
+    Args:
+        paths: files, folders (every .jsonl, .jsonl.gz and .json below them) or globs.
+        format: the shape of the rows; ``auto`` looks at the first row of each file.
+        columns: our column name -> the file's, where it is not one of the usual ones, such as
+            ``{prompt: frage, completion: antwort}``; the format is then best given too.
+        on_bad_row: ``error`` reports the first five with their lines and stops; ``skip`` counts them.
+    """
+
+    paths: tuple[str, ...] = Field(min_length=1)
+    format: Literal["auto"] | Format = "auto"
+    columns: dict[str, str] = Field(default_factory=dict)
+    on_bad_row: Literal["error", "skip"] = "error"
+
+    @model_validator(mode="after")
+    def _columns_are_known(self) -> ChatConfig:
+        formats = COLUMNS.values() if self.format == "auto" else [COLUMNS[self.format]]
+        known = {name for columns in formats for name in columns}
+        for name in self.columns:
+            if name not in known:
+                raise ValueError(f"columns.{name} is not a column of {self.format}: {did_you_mean(name, known)}")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages ``{role, content}`` with the file and line (1-based) they stand in, and the tools they may call."""
+
+    messages: list[Message]
+    source: str = ""
+    line: int = 0
+    tools: list[Any] | None = None
+
+
+@dataclass(slots=True)
+class ChatReport:
+    """What became of the rows: read and kept, dropped by reason, formats by file, and what to warn about."""
+
+    rows: int = 0
+    kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    formats: dict[str, str] = field(default_factory=dict)
+    samples: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    truncated_answers: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+    def warn(self, text: str) -> None:
+        """Keep a warning for the report and show it."""
+        self.warnings.append(text)
+        warnings.warn(text, stacklevel=3)
+
+
+class Sample(NamedTuple):
+    """One conversation as tokens: ``ids`` (T,) uint32, ``loss_mask`` (T,) uint8 (1: this token is trained)."""
+
+    ids: np.ndarray
+    loss_mask: np.ndarray
+
+
+def read(config: ChatConfig, report: ChatReport | None = None) -> list[Conversation]:
+    """Every conversation of the files, in the order of the files and their rows.
+
+    Raises:
+        DataError: no file matches; a file or row cannot be read (first five and the total, each with file:line);
+            nothing is left.
+    """
+    report = report if report is not None else ChatReport()
+    conversations: list[Conversation] = []
+    bad: list[str] = []
+    for path in _files(config.paths):
+        layout: tuple[Format, dict[str, str]] | None = None
+        for line, row in _rows(path):
+            report.rows += 1
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                if not isinstance(row, dict):
+                    raise BadRow(f"expected an object, got {kind_of(row)}")
+                if layout is None:
+                    layout = detect(row, config.format, config.columns)
+                    report.formats[str(path)] = layout[0]
+                messages, tools = convert(row, *layout)
+                conversations.append(Conversation(messages, str(path), line, tools))
+                report.kept += 1
+            except Useless as reason:
+                report.dropped[str(reason)] += 1
+            except BadRow as reason:
+                bad.append(f"{path}:{line}: {reason}")
+                report.dropped["bad row"] += 1
+    if bad and config.on_bad_row == "error":
+        shown = "\n  ".join(bad[:SHOWN_ERRORS])
+        raise DataError(
+            f"{len(bad)} of {report.rows} rows cannot be read, the first {min(len(bad), SHOWN_ERRORS)}:\n  {shown}",
+            fix="correct these rows, name the columns with `columns`, or set on_bad_row=skip",
+        )
+    if not conversations:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in report.dropped.items()) or "the files are empty"
+        raise DataError(
+            f"no conversation in {', '.join(config.paths)}: {reasons}",
+            fix="give rows that end with an assistant's answer",
+        )
+    if report.rows - report.kept > report.rows / 100:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in report.dropped.items())
+        report.warn(f"{report.rows - report.kept} of {report.rows} rows were dropped: {reasons}")
+    return conversations
+
+
+def tokenise(
+    conversations: Iterable[Conversation], tokenizer: Tokenizer, seq_len: int, report: ChatReport | None = None
+) -> list[Sample]:
+    """Render conversations into samples of at most ``seq_len`` tokens through the tokenizer's chat template.
+
+    Longer ones lose their end. One without a trained token in it (no answer, or all of it cut off) is dropped and
+    counted; more than half of the answers cut, or more than 1 % of the rows dropped, is a warning.
+
+    Raises:
+        DataError: nothing is left to train on.
+    """
+    report = report if report is not None else ChatReport()
+    samples: list[Sample] = []
+    n = truncated = dropped = 0
+    for n, conversation in enumerate(conversations, 1):  # noqa: B007 - the count is read after the loop
+        rendered = tokenizer.render(conversation.messages, tools=conversation.tools)
+        sample = Sample(
+            np.asarray(rendered.ids[:seq_len], dtype=np.uint32),
+            np.asarray(rendered.loss_mask[:seq_len], dtype=np.uint8),
+        )
+        calls = [call["function"]["name"] for m in conversation.messages for call in m.get("tool_calls", ())]
+        cut = any(rendered.loss_mask[seq_len:])
+        truncated += cut
+        if not all(name in rendered.text for name in calls):
+            report.dropped["tool calls unknown to the chat template"] += 1
+        elif not sample.loss_mask.any():
+            report.dropped["answer cut off" if cut else "no trained token"] += 1
+        else:
+            samples.append(sample)
+            report.tokens += len(sample.ids)
+            report.trained_tokens += int(sample.loss_mask.sum())
+            continue
+        dropped += 1
+    report.samples += len(samples)
+    report.truncated_answers += truncated
+    if not samples:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items()) or "no conversations"
+        raise DataError(
+            f"no conversation has a trained token within seq_len = {seq_len}: {reasons}",
+            fix="raise seq_len, or give conversations that an assistant answers",
+        )
+    if truncated > n / 2:
+        report.warn(f"{truncated} of {n} answers are cut at seq_len = {seq_len}; a larger one trains on whole answers")
+    if dropped > n / 100:
+        report.warn(f"{dropped} of {n} conversations have nothing to train on and were dropped")
+    return samples
+
+
+def _files(patterns: Iterable[str]) -> list[Path]:
+    found: list[Path] = []
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            files = sorted(p for p in path.rglob("*") if p.name.endswith((".jsonl", ".jsonl.gz", ".json")))
+        elif path.is_file():
+            files = [path]
+        else:
+            files = [Path(name) for name in sorted(glob(pattern, recursive=True)) if Path(name).is_file()]
+        if not files:
+            raise DataError(f"{pattern} matches no chat file", fix="give a .jsonl, .jsonl.gz or .json file")
+        found += [file for file in files if file not in found]
+    return found
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line, row) of a file; a row that is not JSON comes as a ``BadRow``."""
+    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as stream:
+        start = stream.peek(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+        if start == b"[" or path.suffix == ".json":
+            yield from _array_rows(path, stream.read())
+            return
+        for line, raw in enumerate(iter(lambda: stream.readline(MAX_ROW_BYTES + 1), b""), 1):
+            if len(raw) > MAX_ROW_BYTES:
+                raise DataError(f"{path}:{line}: the row is over {MAX_ROW_BYTES >> 20} MiB", fix="split or remove it")
+            try:
+                text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
+                if text:
+                    yield line, json.loads(text)
+            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                yield line, _not_json(error, line)
+
+
+def _array_rows(path: Path, raw: bytes) -> Iterator[tuple[int, Any]]:
+    """The items of a JSON list, or objects one after another, with the line each begins at."""
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        yield raw[: error.start].count(b"\n") + 1, _not_json(error, 0)
+        return
+    decoder = json.JSONDecoder()
+    at = len(text) - len(text.lstrip())
+    is_list = text.startswith("[", at)
+    at += is_list
+    line, counted = 1, 0
+    while True:
+        while at < len(text) and text[at] in " \t\r\n,":
+            at += 1
+        if at >= len(text) and is_list:
+            yield text.count("\n") + 1, BadRow("the list is not closed: the file ends early")
+        if at >= len(text) or text[at] == "]":
+            return
+        line, counted = line + text.count("\n", counted, at), at
+        try:
+            row, at = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            yield error.lineno, _not_json(error, error.lineno)
+            return
+        yield line, row
+
+
+def _not_json(error: UnicodeDecodeError | json.JSONDecodeError, line: int) -> BadRow:
+    if isinstance(error, UnicodeDecodeError):
+        return BadRow(f"byte 0x{error.object[error.start]:02X} at {error.start:,} is not UTF-8")
+    excerpt = error.doc[max(0, error.pos - 30) : error.pos + 30].replace("\n", " ")
+    return BadRow(f"column {error.colno}: not JSON ({error.msg}) near {excerpt!r}")
