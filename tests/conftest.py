@@ -5,8 +5,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import pytest
-
 # Set before anything imports torch or transformers: both read these once.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
@@ -27,11 +25,3 @@ if not IS_WORKER:  # workers inherit the controller's environment, so all share 
 def pytest_unconfigure() -> None:
     if not IS_WORKER:
         shutil.rmtree(os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let a test's report carry its rows, so that scripts/rows.py sees them from any worker."""
-    for item in items:
-        rows = [row for mark in item.iter_markers("rows") for row in mark.args]
-        if rows:
-            item.user_properties.append(("rows", rows))

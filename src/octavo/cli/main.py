@@ -147,15 +147,21 @@ def _refuse(error: OctavoError, cause: BaseException, debug: bool) -> int:
 
 
 def _usage_error(error: typer.TyperException) -> OctavoError | None:
-    """A refusal of the argument parser in our form; ``None`` where the help has already been shown."""
+    """A refusal of the argument parser in our form; ``None`` where the help has already been shown.
+
+    The parser's own exception classes are not public, so what only some of them carry is asked for by name.
+    """
     message = " ".join(error.format_message().split())
     if not message:
         return None
-    context = getattr(error, "ctx", None)
     what, _, hint = message.partition(" Did you mean ")
     what = what.partition(" (Possible options:")[0].rstrip(".")
-    options = getattr(error, "possibilities", None) or ()
+    errors_of_value = getattr(error.__cause__, "errors", None)
+    if errors_of_value is not None:
+        what += f", got {errors_of_value()[0]['input']!r}"
+    context = getattr(error, "ctx", None)
     fix = f"see `{context.command_path if context else 'octavo'} --help`"
+    options = getattr(error, "possibilities", None)
     if hint:
         fix = f"did you mean {hint}"
     elif options:
@@ -207,6 +213,7 @@ def main(args: Sequence[str] | None = None) -> int:
     end = words.index("--") if "--" in words else len(words)
     debug = "--debug" in words[:end]
     words = [word for i, word in enumerate(words) if word != "--debug" or i > end]
+    log_to(None)
     try:
         return _call(words)
     except OctavoError as error:

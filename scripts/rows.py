@@ -1,0 +1,176 @@
+"""Write docs/rows.md: which tests prove which row of the inventory, and whether they passed.
+
+    python scripts/rows.py            run every test with a ``rows`` mark, then write docs/rows.md
+    python scripts/rows.py --check    only compare the names in docs/rows.md with the tests there are
+
+A test says what it proves with ``@pytest.mark.rows("T1", "T2")``; the mark may stand on a function, on a class
+or as a module's ``pytestmark``. The comparison reads the sources without importing them, so it is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "docs" / "rows.md"
+
+ROWS: dict[str, str] = {
+    "T1": "Text split into bytes, characters, words or pieces, and put together again",
+    "T2": "Vocabulary, unknown words, and the special tokens",
+    "T3": "Byte-pair encoding, trained step by step",
+    "T4": "Byte-pair encoding on bytes: lossless on anything",
+    "T5": "Unigram pieces: expectation-maximisation, best path, sampling",
+    "T6": "Seeing the pieces: coloured spans with their ids",
+    "T7": "An embedding is a product with one-hot rows; unused rows get no gradient",
+    "T8": "Learned positions added to token embeddings, with dropout",
+    "A3": "The causal decoder, whole",
+    "A8": "Qwen2 from configuration to hidden states",
+    "B1": "Scaled dot-product attention",
+    "B2": "Many heads as one product",
+    "B4": "Grouped-query and multi-query attention, without repeated keys",
+    "B10": "Dropout in its two places",
+    "R1": "Sinusoidal positions in both layouts",
+    "R2": "Learned positions",
+    "R4": "Rotary positions in both layouts and in complex form",
+    "F1": "The feed-forward network and its share of the parameters",
+    "F2": "Activation functions",
+    "F3": "Gated feed-forward networks (SwiGLU and its family)",
+    "F4": "LayerNorm and RMSNorm",
+    "F6": "The residual path",
+    "F7": "The output head, tied or its own",
+    "F8": "The next-token loss: shift, mask, padding",
+    "G1": "Pretraining; accumulated micro-batches equal one batch",
+    "G2": "Epochs, reshuffling, and per-sample, mini-batch and full-batch updates",
+    "G4": "Initialisation and activation checkpointing",
+    "G5": "Validation, token counts and samples while training",
+    "L1": "Instruction tuning: loss on the answers only",
+    "I1": "Greedy decoding, stop tokens, streaming",
+    "I3": "Cached decoding equals the full forward pass",
+    "X3": "The padding row of the embedding gets no gradient",
+    "X4": "Hidden states: order and values",
+}
+
+
+def _marked_rows(nodes: Iterable[ast.AST]) -> list[str]:
+    """The row ids in every ``pytest.mark.rows(...)`` inside ``nodes``."""
+    found = []
+    for node in nodes:
+        for call in ast.walk(node):
+            if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("mark.rows"):
+                found += [ast.literal_eval(argument) for argument in call.args]
+    return found
+
+
+def _tests(body: Iterable[ast.stmt], inherited: list[str], prefix: str) -> Iterator[tuple[str, str]]:
+    for node in body:
+        if isinstance(node, ast.ClassDef):
+            rows = inherited + _marked_rows(node.decorator_list)
+            yield from _tests(node.body, rows, f"{prefix}::{node.name}")
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test"):
+            for row in inherited + _marked_rows(node.decorator_list):
+                yield row, f"{prefix}::{node.name}"
+
+
+def marked_tests(folder: Path = ROOT / "tests", root: Path = ROOT) -> dict[str, set[str]]:
+    """Row id -> the tests marked with it, as pytest names them but without parameters."""
+    rows: dict[str, set[str]] = defaultdict(set)
+    for path in sorted(folder.rglob("test_*.py")):
+        module = ast.parse(path.read_text(encoding="utf-8"), str(path))
+        whole = _marked_rows(
+            node.value
+            for node in module.body
+            if isinstance(node, ast.Assign) and any(ast.unparse(target) == "pytestmark" for target in node.targets)
+        )
+        for row, test in _tests(module.body, whole, path.relative_to(root).as_posix()):
+            rows[row].add(test)
+    return dict(rows)
+
+
+def written_tests(table: str) -> dict[str, set[str]]:
+    """Row id -> the tests that a written docs/rows.md names."""
+    rows: dict[str, set[str]] = {}
+    for line in table.splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if len(cells) == 4 and cells[0] in ROWS:
+            rows[cells[0]] = set(re.findall(r"`([^`]+)`", cells[2]))
+    return rows
+
+
+def problems(marked: Mapping[str, set[str]], table: str) -> list[str]:
+    """What is wrong between the tests there are and the table: unproven rows, unknown ids, stale names."""
+    found = [f"row {row} ({title}) has no test" for row, title in ROWS.items() if not marked.get(row)]
+    found += [f"row {row} has no title in scripts/rows.py" for row in sorted(set(marked) - set(ROWS))]
+    written = written_tests(table)
+    for row in ROWS:
+        now, then = marked.get(row, set()), written.get(row, set())
+        found += [f"row {row}: {test} is not in docs/rows.md" for test in sorted(now - then)]
+        found += [f"row {row}: {test} is in docs/rows.md but not marked" for test in sorted(then - now)]
+    return found
+
+
+class Recorder:
+    """A pytest plugin that counts the outcomes of every marked test, over all its parameters."""
+
+    def __init__(self) -> None:
+        self.outcomes: dict[str, Counter[str]] = defaultdict(Counter)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        test = report.nodeid.partition("[")[0]
+        if report.when == "call" or report.outcome != "passed":
+            self.outcomes[test][report.outcome] += 1
+
+
+def render(marked: Mapping[str, set[str]], outcomes: Mapping[str, Mapping[str, int]]) -> str:
+    """The page: one line a row."""
+    lines = [
+        "# What is proven, row by row",
+        "",
+        "Written by `python scripts/rows.py`, which runs these tests; do not edit. Each row is one technique;",
+        "its tests carry the mark `@pytest.mark.rows(...)`.",
+        "",
+        "| row | technique | tests | result |",
+        "|---|---|---|---|",
+    ]
+    for row, title in ROWS.items():
+        tests = sorted(marked.get(row, ()))
+        total = sum((Counter(outcomes.get(test, {"not run": 1})) for test in tests), Counter())
+        order = ("failed", "passed", "skipped", "not run")
+        result = ", ".join(f"{total[name]} {name}" for name in order if total[name]) or "no test"
+        lines.append(f"| {row} | {title} | {'<br>'.join(f'`{test}`' for test in tests)} | {result} |")
+    return "\n".join(lines) + "\n"
+
+
+def run_marked() -> tuple[int, dict[str, Counter[str]]]:
+    """Run every marked test, slow ones too; the exit code of pytest and the outcomes."""
+    import pytest
+
+    recorder = Recorder()
+    code = pytest.main(["-q", "-m", "rows and not soak", "-n", "2", str(ROOT / "tests")], plugins=[recorder])
+    return int(code), recorder.outcomes
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare only; run and write nothing")
+    check = parser.parse_args().check
+    marked = marked_tests()
+    code = 0
+    if not check:
+        code, outcomes = run_marked()
+        TABLE.parent.mkdir(exist_ok=True)
+        TABLE.write_text(render(marked, outcomes), encoding="utf-8")
+    found = problems(marked, TABLE.read_text(encoding="utf-8") if TABLE.exists() else "")
+    for problem in found:
+        print(problem, file=sys.stderr)
+    return code or int(bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
