@@ -49,6 +49,42 @@ class Projection(nn.Module):
         return f"{self.d_in}, {self.d_out}, role={self.role}, bias={self.bias is not None}"
 
 
+@torch.library.custom_op("octavo::look_up", mutates_args=())
+def _look_up(weight: Tensor, ids: Tensor, padding_id: int) -> Tensor:
+    return F.embedding(ids, weight)
+
+
+# Opaque to the compiler on purpose: the gradient it would generate adds rows atomically from several threads,
+# in an order that differs from run to run, and a resumed run could not be bit-identical.
+@torch.library.custom_op("octavo::look_up_gradient", mutates_args=())
+def _look_up_gradient(grad: Tensor, ids: Tensor, n: int, padding_id: int) -> Tensor:
+    return torch.ops.aten.embedding_dense_backward(grad, ids, n, padding_id, False)
+
+
+@_look_up.register_fake
+def _(weight: Tensor, ids: Tensor, padding_id: int) -> Tensor:
+    return weight.new_empty(*ids.shape, weight.shape[1])
+
+
+@_look_up_gradient.register_fake
+def _(grad: Tensor, ids: Tensor, n: int, padding_id: int) -> Tensor:
+    return grad.new_empty(n, grad.shape[-1])
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    weight, ids, padding_id = inputs
+    ctx.save_for_backward(ids)
+    ctx.n, ctx.padding_id = weight.shape[0], padding_id
+
+
+def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    (ids,) = ctx.saved_tensors
+    return torch.ops.octavo.look_up_gradient(grad.contiguous(), ids, ctx.n, ctx.padding_id), None, None
+
+
+_look_up.register_autograd(_backward, setup_context=_save)
+
+
 class Embedding(nn.Module):
     """One row of the weight (n, d) per id: ids (...) to (..., d). ``padding_id``'s row gets no gradient."""
 
@@ -58,7 +94,7 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(n, d))
 
     def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.weight, self.padding_id)
+        return torch.ops.octavo.look_up(self.weight, ids, -1 if self.padding_id is None else self.padding_id)
 
     def extra_repr(self) -> str:
         return f"{self.n}, {self.d}, role={self.role}"

@@ -1,0 +1,29 @@
+"""What an objective is: outputs it needs, a weight known from the batch alone, and a sum of losses.
+
+An objective never calls the model. Because it returns a sum and the weight does not depend on the model,
+the gradient of k micro-batches (or ranks) is exactly that of one large batch:
+``sum_i loss_sum_i / sum_i weight_i``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from octavo.batch import Batch
+from octavo.nn.contracts import Outputs
+
+
+class Objective(ABC):
+    """The contract. ``needs`` names the model outputs ``loss_sum`` reads."""
+
+    needs: tuple[str, ...] = ("logits",)
+
+    @abstractmethod
+    def weight(self, batch: Batch) -> Tensor:
+        """What the loss of this batch is divided by, a scalar; zero where nothing counts."""
+
+    @abstractmethod
+    def loss_sum(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """The sum of losses over the batch, a scalar in nats."""

@@ -1,0 +1,47 @@
+"""Maximum likelihood of the next token: pretraining, and with the renderer's loss mask instruction tuning."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from octavo.batch import Batch
+from octavo.nn.contracts import Outputs, full_precision
+from octavo.objectives.contract import Objective
+from octavo.schema import Config
+
+
+class CausalLikelihood(Objective):
+    """``-sum log p(target | tokens so far)`` over targets whose mask is not zero.
+
+    Targets come shifted with the batch, so nothing is shifted here. z_loss adds ``z * log(Z)^2`` a token,
+    which keeps the normaliser near one (Chowdhery et al. 2022, section 5).
+    """
+
+    class Config(Config):
+        kind: Literal["causal"] = "causal"
+        z_loss: float = Field(0.0, ge=0)
+
+    def __init__(self, config: CausalLikelihood.Config | None = None):
+        self.config = config or CausalLikelihood.Config()
+
+    def weight(self, batch: Batch) -> Tensor:
+        return batch.loss_mask.sum()
+
+    def loss_sum(self, outputs: Outputs, batch: Batch) -> Tensor:
+        logits = outputs.logits
+        if logits is None:
+            raise ValueError("CausalLikelihood needs the output `logits`")
+        logits = full_precision(logits)
+        losses = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
+        if self.config.z_loss:
+            losses = losses + self.config.z_loss * logits.flatten(0, 1).logsumexp(-1).square()
+        # A mask product would turn an infinite loss on padding into NaN: select instead.
+        mask = batch.loss_mask.flatten()
+        return (losses * mask).where(mask != 0, losses.new_zeros(())).sum()
+
+
+OBJECTIVES: dict[str, type[CausalLikelihood]] = {"causal": CausalLikelihood}

@@ -1,0 +1,175 @@
+"""Optimizers over flat buffers: fp32 master weights, gradients and moments, whatever the model computes in.
+
+The parameters of one group (same weight decay, same rate) become views of one buffer, so that a step is a
+few calls on long vectors, a gradient norm is one reduction, and 16-bit weights have fp32 masters.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from octavo.nn.projection import Embedding, Projection
+from octavo.schema import Config
+
+
+def role_of(model: nn.Module) -> dict[str, str]:
+    """The role of every parameter by name; biases are ``bias``, parameters of components without one ``other``."""
+    roles = {}
+    for path, module in model.named_modules():
+        for name, _ in module.named_parameters(recurse=False):
+            role = "bias" if name == "bias" or name.endswith("_bias") else getattr(module, "role", "other")
+            roles[f"{path}.{name}" if path else name] = role
+    return roles
+
+
+class OptimizerConfig(Config):
+    """What every optimizer has. weight_decay acts on weight products and tables except ``no_decay_roles``."""
+
+    kind: str
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    no_decay_roles: tuple[str, ...] = ("norm", "bias", "other", "embed", "position")
+    lr_scale: dict[str, float] = Field({}, description="a factor of lr by role")
+
+
+class _Group:
+    """Parameters that share a rate and a decay, as views of flat buffers."""
+
+    def __init__(self, named: list[tuple[str, nn.Parameter]], dtype: torch.dtype, decay: float, scale: float):
+        self.decay, self.scale = decay, scale
+        self.names = [name for name, _ in named]
+        self.shapes = [tuple(p.shape) for _, p in named]
+        device = named[0][1].device
+        self.master = torch.cat([p.detach().float().flatten() for _, p in named])
+        # In fp32 the weights are the masters; in 16 bits they are their rounded copy.
+        self.weights = self.master if dtype == torch.float32 else self.master.to(dtype)
+        self.grads = torch.zeros_like(self.weights)
+        self.total = self.grads if dtype == torch.float32 else torch.zeros_like(self.master, device=device)
+        for (_, parameter), weight, grad in zip(named, self.views(self.weights), self.views(self.grads), strict=True):
+            parameter.data = weight
+            parameter.grad = grad
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        sizes = [torch.Size(shape).numel() for shape in self.shapes]
+        return [part.view(shape) for part, shape in zip(flat.split(sizes), self.shapes, strict=True)]
+
+
+class Optimizer(ABC):
+    """The contract: gather gradients of micro-batches, then one step.
+
+    Building one moves the model's weights into the optimizer's buffers and casts them to ``dtype``.
+    """
+
+    moments: tuple[str, ...] = ()
+
+    def __init__(self, config: OptimizerConfig, model: nn.Module, dtype: torch.dtype = torch.float32):
+        self.config = config
+        roles = role_of(model)
+        members: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                role = roles[name]
+                decay = 0.0 if role in config.no_decay_roles else config.weight_decay
+                members.setdefault((decay, config.lr_scale.get(role, 1.0)), []).append((name, parameter))
+        self.groups = [_Group(named, dtype, *key) for key, named in members.items()]
+        self.state = [{name: torch.zeros_like(g.master) for name in self.moments} for g in self.groups]
+        self.updates = 0
+
+    def gather(self) -> None:
+        """Add the gradients of a micro-batch to the fp32 total and clear them."""
+        for group in self.groups:
+            if group.total is not group.grads:
+                group.total.add_(group.grads)
+                group.grads.zero_()
+
+    def grad_norm(self) -> Tensor:
+        """The l2 norm of the whole gradient, fp32."""
+        return torch.stack([group.total.norm() for group in self.groups]).norm()
+
+    def step(self, lr: float, clip_scale: float = 1.0) -> None:
+        """Update every weight with its gradient times ``clip_scale``, then clear the gradients."""
+        self.updates += 1
+        for group, state in zip(self.groups, self.state, strict=True):
+            if clip_scale != 1.0:
+                group.total.mul_(clip_scale)
+            self.update(group.master, group.total, state, lr * group.scale, group.decay)
+            if group.weights is not group.master:
+                group.weights.copy_(group.master)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all gradients."""
+        for group in self.groups:
+            group.grads.zero_()
+            group.total.zero_()
+
+    @abstractmethod
+    def update(self, master: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, decay: float) -> None:
+        """One update of a flat fp32 ``master`` in place."""
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Master weights as ``model.NAME`` and moments as ``MOMENT.NAME``, views into the buffers."""
+        for group, state in zip(self.groups, self.state, strict=True):
+            for kind, flat in [("model", group.master), *state.items()]:
+                yield from ((f"{kind}.{n}", view) for n, view in zip(group.names, group.views(flat), strict=True))
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor], updates: int) -> None:
+        """Take back what ``tensors`` gave, name by name, and the number of updates made."""
+        for name, view in self.tensors():
+            view.copy_(tensors[name])
+        for group in self.groups:
+            if group.weights is not group.master:
+                group.weights.copy_(group.master)
+        self.updates = updates
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2), torch's fused kernel."""
+
+    moments = ("exp_avg", "exp_avg_sq")
+
+    class Config(OptimizerConfig):
+        kind: Literal["adamw"] = "adamw"
+        lr: float = Field(1e-3, gt=0)
+        weight_decay: float = Field(0.1, ge=0)
+        beta1: float = Field(0.9, ge=0, lt=1)
+        beta2: float = Field(0.95, ge=0, lt=1)
+        eps: float = Field(1e-8, gt=0)
+
+    @torch.no_grad()
+    def update(self, master: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, decay: float) -> None:
+        config = self.config
+        torch.optim.adamw.adamw(
+            [master], [grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [torch.tensor(float(self.updates - 1))],
+            fused=True, amsgrad=False, maximize=False, lr=lr, weight_decay=decay,
+            beta1=config.beta1, beta2=config.beta2, eps=config.eps,  # type: ignore[attr-defined]
+        )  # fmt: skip
+
+
+class Sgd(Optimizer):
+    """Gradient descent, with momentum if asked: the update of the textbook."""
+
+    moments = ("momentum",)
+
+    class Config(OptimizerConfig):
+        kind: Literal["sgd"] = "sgd"
+        lr: float = Field(0.1, gt=0)
+        momentum: float = Field(0.0, ge=0, lt=1)
+
+    @torch.no_grad()
+    def update(self, master: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, decay: float) -> None:
+        if decay:
+            grad = grad.add(master, alpha=decay)
+        if self.config.momentum:  # type: ignore[attr-defined]
+            grad = state["momentum"].mul_(self.config.momentum).add_(grad)  # type: ignore[attr-defined]
+        master.add_(grad, alpha=-lr)
+
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "sgd": Sgd}
