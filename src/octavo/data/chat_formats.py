@@ -125,6 +125,9 @@ def convert(row: dict[str, Any], name: Format, names: Mapping[str, str]) -> tupl
         messages = [_message(turn, names["role"], names["content"], i) for i, turn in enumerate(turns)]
     if row.get(names["system"]) and not any(m["role"] == "system" for m in messages):
         messages.insert(0, {"role": "system", "content": _text(row, names["system"])})
+    for i, message in enumerate(messages):
+        if any("\ud800" <= char <= "\udfff" for char in message["content"]):
+            raise BadRow(f"message {i}: a lone surrogate is not Unicode text")
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     if not messages:
