@@ -114,10 +114,11 @@ class Optimizer(ABC):
         """One update of a flat fp32 ``master`` in place."""
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Master weights as ``model.NAME`` and moments as ``MOMENT.NAME``, views into the buffers."""
+        """Master weights as ``model/NAME`` and moments as ``optimizer/MOMENT/NAME``, views into the buffers."""
         for group, state in zip(self.groups, self.state, strict=True):
-            for kind, flat in [("model", group.master), *state.items()]:
-                yield from ((f"{kind}.{n}", view) for n, view in zip(group.names, group.views(flat), strict=True))
+            kinds = [("model", group.master), *((f"optimizer/{moment}", flat) for moment, flat in state.items())]
+            for kind, flat in kinds:
+                yield from ((f"{kind}/{n}", view) for n, view in zip(group.names, group.views(flat), strict=True))
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor], updates: int) -> None:

@@ -1,0 +1,62 @@
+"""What a recipe says about training, for pretraining and tuning alike."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from octavo.objectives.likelihood import OBJECTIVES, CausalLikelihood
+from octavo.schema import Config, one_of
+from octavo.train.optim import OPTIMIZERS, AdamW
+from octavo.train.schedule import SCHEDULES, Cosine
+
+
+class TrainConfig(Config):
+    """THE loop's settings.
+
+    update says how many samples an optimizer step sees: ``mini_batch`` (step_tokens), ``per_sample`` (one
+    row) or ``full_batch`` (all rows). A step is computed in micro-batches of ``micro_batch_rows``; the
+    gradient is the same for any value. ``auto`` choices are made once and frozen in the run's recipe.
+    """
+
+    steps: int = Field(1000, ge=1)
+    step_tokens: int = Field(8192, ge=1, description="tokens per optimizer step")
+    update: Literal["mini_batch", "per_sample", "full_batch"] = "mini_batch"
+    micro_batch_rows: int | None = Field(None, ge=1, description="rows computed at once; default: all of a step")
+    seq_len: int | None = Field(None, ge=2, description="tokens a row; default: the model's max_seq_len")
+    objective: one_of(OBJECTIVES) = CausalLikelihood.Config()  # type: ignore[valid-type]
+    optimizer: one_of(OPTIMIZERS, default="adamw") = AdamW.Config()  # type: ignore[valid-type]
+    schedule: one_of(SCHEDULES) = Cosine.Config()  # type: ignore[valid-type]
+    clip_norm: float | None = Field(1.0, gt=0, description="longest gradient (l2 norm); null: no limit")
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: Literal["auto", "step", "off"] = "auto"
+    threads: int | None = Field(None, ge=1, description="default: the cores of this process")
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?|mps)$")
+    activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass")
+    on_nan: Literal["stop", "skip"] = "stop"
+    max_skips: int = Field(10, ge=1, description="with on_nan skip: more than this many in 100 steps stop the run")
+    log_every: int = Field(10, ge=1)
+    valid_every: int = Field(100, ge=1)
+    valid_batches: int = Field(8, ge=0, description="batches of held-out rows per validation; 0: none")
+    sample_every: int = Field(200, ge=1)
+    sample_prompts: tuple[str, ...] = ()
+    sample_tokens: int = Field(48, ge=1)
+    save_every: int = Field(200, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    max_time: str | None = Field(None, description="save and exit 75 after this long: 90s, 50m, 2h")
+    tensorboard: bool = False
+
+    @model_validator(mode="after")
+    def _possible(self) -> TrainConfig:
+        if self.schedule.warmup >= self.steps:
+            raise ValueError(f"schedule.warmup = {self.schedule.warmup} must be below steps = {self.steps}")
+        if self.max_time is not None:
+            from octavo.errors import ConfigError
+            from octavo.stop import parse_duration
+
+            try:
+                parse_duration(self.max_time)
+            except ConfigError as error:
+                raise ValueError(error.what) from None
+        return self
