@@ -1,0 +1,380 @@
+"""`Tokenizer`: text to ids and back, over the `tokenizers` library (imported here and in train.py, lazily).
+
+Text that spells a special token stays text. The library would turn it into the special id, so the tokenizer it
+runs here is a twin whose special tokens bear names nobody can write (random, new in every process). Where a
+special token is meant (``parse_special``, chat templates) its spelling is first replaced by that name. All other
+ids are those of the original, which is what is saved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from octavo.errors import CheckpointError, DataError
+from octavo.tokenizer.pieces import ByteTable, StreamDecoder
+
+if TYPE_CHECKING:
+    from octavo.tokenizer.chat import Rendered
+
+PROBE = (
+    "The quick brown fox, it's 1234567 days old!\r\n\n\tdef f(x):  return x ** 2   # done\n"
+    "你好，世界。 \u00e9t\u00e9 e\u0301 \U0001f469\u200d\U0001f680 \u0434\u0430 \u0645\u0631\u062d\u0628\u0627 "
+    "aaaaaaaaaaaaaaaa ---- \u00a0 <|im_end|> </s> [INST] <0x0A> ##x \u2581y"
+)
+
+
+@dataclass(frozen=True)
+class Special:
+    """Ids of the special tokens by role; None where the tokenizer has none."""
+
+    pad: int | None = None
+    bos: int | None = None
+    eos: int | None = None
+    unk: int | None = None
+    turn_start: int | None = None
+    turn_end: int | None = None
+
+
+class Tokenizer:
+    """Text to ids and back; made by :func:`octavo.tokenizer.train` or :meth:`load`.
+
+    Args:
+        text: the tokenizer.json, as text.
+        special: token string of each role (``pad`` ``bos`` ``eos`` ``unk`` ``turn_start`` ``turn_end``), where there
+            is one. Turn marks that are not given are read off the chat template.
+        chat_template: Jinja source, or None.
+        max_seq_len: what the files say the model accepts, in tokens; only kept for saving.
+
+    Raises:
+        CheckpointError: the text is not a tokenizer.json this library can run.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        *,
+        special: Mapping[str, str] | None = None,
+        chat_template: str | None = None,
+        max_seq_len: int | None = None,
+    ):
+        spec = _parse(text)
+        self._spec, self._special_text = spec, dict(special or {})
+        self.chat_template, self.max_seq_len = chat_template, max_seq_len
+        _add_roles(spec, self._special_text)
+        self._names: dict[str, str] = {}  # spelling of a special token -> its unguessable name in the twin
+        stem = secrets.token_hex(16)
+        for i, token in enumerate(t for t in spec["added_tokens"] if t["special"]):
+            self._names[token["content"]] = f"{stem}{i:06x}"
+        self._twin_text = _twin(spec, self._names)
+        self._twin = _rust(self._twin_text)
+        self._check_twin()
+        self.special_ids = frozenset(t["id"] for t in spec["added_tokens"] if t["special"])
+        self._find_special = _special_pattern(spec["added_tokens"])
+        tokens = _tokens(spec)
+        self.vocab_size = len(tokens)
+        self.tokens: tuple[str | None, ...] = tuple(tokens)
+        plain_added = {t["content"] for t in spec["added_tokens"] if not t["special"]}
+        self._table = ByteTable(tokens, spec.get("decoder"), set(self.special_ids), plain_added)
+        self.special = Special(**{name: self._ids[text] for name, text in self._special_text.items()})
+        if self.special.turn_end is None:
+            from octavo.tokenizer.chat import find_turn_marks
+
+            start, end = find_turn_marks(self)
+            self.special = Special(**{**_as_dict(self.special), "turn_start": start, "turn_end": end})
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        return {token: i for i, token in enumerate(self.tokens) if token is not None}
+
+    def _check_twin(self) -> None:
+        for token in self._spec["added_tokens"]:
+            name = self._names.get(token["content"], token["content"])
+            if self._twin.token_to_id(name) != token["id"]:
+                raise CheckpointError(
+                    f"added token {token['content']!r} has id {token['id']} in tokenizer.json but "
+                    f"{self._twin.token_to_id(name)} by its place in the vocabulary",
+                    fix="repair the ids under added_tokens",
+                )
+
+    # -- text to ids
+
+    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """Ids of ``text``, without bos or eos.
+
+        Special tokens spelt in the text stay plain text unless ``parse_special``.
+
+        Raises:
+            DataError: the text contains a lone surrogate, which is not Unicode text.
+        """
+        if parse_special:
+            text = self._name_specials(text)
+        return self._encode(text).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text as int32 arrays: the same as ``encode``, on all cores and several times faster."""
+        fast = self._fast
+        try:
+            if fast is not None:
+                ids, offsets = fast.encode_batch_flat(list(texts))
+                flat, cuts = np.frombuffer(ids, np.uint32).astype(np.int32), np.frombuffer(offsets, np.uint64)
+                return [flat[int(a) : int(b)] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+            encodings = self._twin.encode_batch_fast(list(texts), add_special_tokens=False)
+        except (TypeError, UnicodeEncodeError):
+            for text in texts:
+                _check_text(text)
+            raise
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def _encode(self, text: str) -> Any:
+        try:
+            return self._twin.encode(text, add_special_tokens=False)
+        except (TypeError, UnicodeEncodeError):
+            _check_text(text)
+            raise
+
+    # -- for chat.py: special tokens by place
+
+    @property
+    def special_names(self) -> Mapping[str, str]:
+        """The unguessable name in the twin of each special token."""
+        return self._names
+
+    def find_specials(self, text: str) -> list[tuple[int, int]]:
+        """(start, stop) of each special token spelt in ``text``, as the library would find them."""
+        return [match.span() for match in self._find_special.finditer(text) if match[0] in self._names]
+
+    def encode_named(self, text: str) -> Any:
+        """Ids and character offsets of a text in which special tokens are written by their names."""
+        return self._encode(text)
+
+    def special_id_of(self, text: str) -> int:
+        """The id of a special token by its spelling."""
+        return self._ids[text]
+
+    def _name_specials(self, text: str) -> str:
+        return self._find_special.sub(lambda match: self._names.get(match[0], match[0]), text)
+
+    @cached_property
+    def _fast(self) -> Any:
+        """The `fastokens` encoder, if it is installed and gives the same ids on a probe text; else None."""
+        try:
+            import fastokens
+        except ImportError:
+            return None
+        try:
+            fast = fastokens.Tokenizer.from_json_str(self._twin_text)
+            ids = np.frombuffer(fast.encode_batch_flat([PROBE])[0], np.uint32).tolist()
+        except Exception:  # noqa: BLE001 - whatever it cannot read, the usual encoder can
+            return None
+        return fast if ids == self.encode(PROBE) else None
+
+    # -- ids to text
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
+        return self._table.join(self._checked(ids), skip_special=skip_special).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The exact bytes of ``ids``, specials skipped."""
+        return self._table.join(self._checked(ids))
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes one token stands for inside a text, ``b""`` for specials.
+
+        For lossless kinds their lengths over a document add up to its length in UTF-8 bytes.
+        """
+        return self._table.rest[self._checked([id])[0]]
+
+    def token_text(self, id: int) -> str:
+        """The name of one token for people: its text, or the spelling of a special."""
+        return self.decode([id], skip_special=False)
+
+    def stream(self, *, skip_special: bool = True) -> StreamDecoder:
+        """A decoder fed one id at a time; it returns only whole characters."""
+        return StreamDecoder(self._table, skip_special=skip_special)
+
+    def _checked(self, ids: Iterable[int]) -> list[int]:
+        ids = [int(i) for i in ids]
+        if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
+            bad = next(i for i in ids if not 0 <= i < self.vocab_size)
+            raise DataError(f"token id {bad} is outside the vocabulary 0..{self.vocab_size - 1}", fix="check the model")
+        return ids
+
+    # -- conversations
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> Rendered:
+        """A conversation as ids with a loss mask, by the chat template: see :func:`octavo.tokenizer.chat.render`."""
+        from octavo.tokenizer.chat import render
+
+        return render(
+            self, messages, add_generation_prompt=add_generation_prompt, tools=tools, variables=variables or {}
+        )
+
+    # -- identity and storage
+
+    @property
+    def special_text(self) -> dict[str, str]:
+        """Token string by role (``pad``, ``bos`` ...), for the roles that exist."""
+        roles = _as_dict(self.special)
+        return {name: self.tokens[i] or "" for name, i in roles.items() if i is not None}
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 over vocabulary, merges and specials, in a canonical form: equal for equal tokenizers."""
+        model = self._spec["model"]
+        merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model.get("merges", [])]
+        scores = [score for _, score in model["vocab"]] if isinstance(model["vocab"], list) else []
+        content = [list(self.tokens), merges, scores, sorted(self.special_ids), _as_dict(self.special)]
+        return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode("utf-8")).hexdigest()
+
+    def to_json(self) -> str:
+        """The tokenizer.json."""
+        return json.dumps(self._spec, ensure_ascii=False, indent=2) + "\n"
+
+    def save(self, folder: str | Path) -> None:
+        """Write the Hugging Face layout into ``folder``; transformers loads it without trusting remote code."""
+        from octavo.tokenizer.layout import save
+
+        save(self, Path(folder))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Read a Hugging Face folder, a tokenizer.json, or a folder with GPT-2's encoder.json and vocab.bpe.
+
+        Raises:
+            CheckpointError: a file is missing, damaged or of a kind this library cannot run.
+        """
+        from octavo.tokenizer.layout import load
+
+        return load(Path(path))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.to_json(), self.special_text, self.chat_template, self.max_seq_len)
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({self._spec['model']['type']}, vocab_size={self.vocab_size}, hash={self.hash[:12]})"
+
+
+def _rebuild(text: str, special: dict[str, str], template: str | None, max_seq_len: int | None) -> Tokenizer:
+    return Tokenizer(text, special=special, chat_template=template, max_seq_len=max_seq_len)
+
+
+def _as_dict(special: Special) -> dict[str, int | None]:
+    return {field.name: getattr(special, field.name) for field in fields(special)}
+
+
+def _check_text(text: Any) -> None:
+    if not isinstance(text, str):
+        raise DataError(f"a text must be a string, not {type(text).__name__}", fix="pass str")
+    for i, char in enumerate(text):
+        if "\ud800" <= char <= "\udfff":
+            raise DataError(
+                f"character {i} is the lone surrogate U+{ord(char):04X}, which no UTF-8 text contains",
+                fix="read the text with errors='replace'",
+            )
+
+
+def _parse(text: str) -> dict[str, Any]:
+    try:
+        spec = json.loads(text)
+        kind = spec["model"].get("type")
+        if kind is None:  # files older than the field
+            kind = "BPE" if "merges" in spec["model"] else "WordLevel"
+            spec["model"]["type"] = kind
+        if kind not in ("BPE", "Unigram", "WordPiece", "WordLevel"):
+            raise CheckpointError(f"tokenizer model {kind!r} is not supported", fix="use BPE, Unigram or WordPiece")
+        spec["added_tokens"] = [
+            {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False, **token}
+            for token in spec.get("added_tokens") or []
+        ]
+        spec["added_tokens"].sort(key=lambda token: token["id"])
+        spec["truncation"] = spec["padding"] = None  # whoever asks for ids gets all of them
+        return spec
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"not a tokenizer.json: {error}", fix="save it again with its own library") from None
+
+
+def _add_roles(spec: dict[str, Any], roles: Mapping[str, str]) -> None:
+    """Every token with a role is special, whatever its own flag says; one in the vocabulary is added."""
+    added = {token["content"]: token for token in spec["added_tokens"]}
+    vocab = _vocab(spec)
+    for role, content in roles.items():
+        if content in added:
+            added[content]["special"] = True
+        elif content in vocab:
+            token = {"id": vocab[content], "content": content, "single_word": False, "lstrip": False}
+            token |= {"rstrip": False, "normalized": False, "special": True}
+            spec["added_tokens"].append(token)
+            added[content] = token
+        else:
+            raise CheckpointError(f"{role} token {content!r} is not in the vocabulary", fix="repair the special tokens")
+    spec["added_tokens"].sort(key=lambda token: token["id"])
+
+
+def _vocab(spec: Mapping[str, Any]) -> dict[str, int]:
+    vocab = spec["model"]["vocab"]
+    return dict(vocab) if isinstance(vocab, Mapping) else {entry[0]: i for i, entry in enumerate(vocab)}
+
+
+def _tokens(spec: Mapping[str, Any]) -> list[str | None]:
+    ids = _vocab(spec) | {token["content"]: token["id"] for token in spec["added_tokens"]}
+    tokens: list[str | None] = [None] * (max(ids.values(), default=-1) + 1)
+    for token, i in ids.items():
+        tokens[i] = token
+    return tokens
+
+
+def _twin(spec: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """The tokenizer.json with every special token renamed and without post-processing."""
+    model = dict(spec["model"])
+    if isinstance(model["vocab"], Mapping):
+        model["vocab"] = {names.get(token, token): i for token, i in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(token, token), score] for token, score in model["vocab"]]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    if "merges" in model:
+        pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
+        model["merges"] = [[a, b] for a, b in pairs if not {a, b, a + b} & names.keys()]
+    added = []
+    for token in spec["added_tokens"]:
+        if token["content"] in names:
+            token = {**token, "content": names[token["content"]], "normalized": False}
+        added.append(token)
+    return json.dumps({**spec, "model": model, "added_tokens": added, "post_processor": None})
+
+
+def _rust(text: str) -> Any:
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # noqa: BLE001 - the library raises bare Exception for every kind of damage
+        raise CheckpointError(f"tokenizer.json cannot be read: {error}", fix="save it again") from None
+
+
+def _special_pattern(added: Sequence[Mapping[str, Any]]) -> re.Pattern[str]:
+    """Finds added tokens in raw text as the library does: leftmost, then longest."""
+    parts = []
+    for token in sorted(added, key=lambda token: -len(token["content"])):
+        if token["content"] and (token["special"] or not token["normalized"]):
+            body = re.escape(token["content"])
+            parts.append(rf"(?<!\w){body}(?!\w)" if token["single_word"] else body)
+    return re.compile("|".join(parts) or r"(?!)")
