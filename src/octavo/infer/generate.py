@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 PREFILL_TOKENS = 256
 """Tokens a row reads in one pass: bounds the memory of the logits, and how long a cancelled prompt runs on."""
+PROMPT_TAIL = 8
+"""Tokens of the prompt the text decoder hears: more than one character can have."""
 
 OnFull = Literal["crop", "stop"]
 FinishReason = Literal["stop", "length"]
@@ -132,7 +134,7 @@ def pieces(
     _check(model, prompts, config, on_full)
     ends = frozenset(default_stop_ids(tokenizer) if stop_ids is None else stop_ids)
     n_tokens = min(model.vocab_size, tokenizer.vocab_size)  # rows that pad the embedding are not text
-    texts = [_Text(tokenizer, config.stop) for _ in prompts]
+    texts = [_Text(tokenizer, prompt, config.stop) for prompt in prompts]
     streams = generators(config, len(prompts))
     produced: list[list[int]] = [[] for _ in prompts]
     unfinished = set(range(len(prompts)))
@@ -171,11 +173,12 @@ class _Window:
     """What the model has read of each row: cached while all fit into its context, then cropped and read anew."""
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int):
-        self.model, self.device = model, _device(model)
+        self.model = model
         self.rows: list[list[int]] = [[] for _ in prompts]
         needed = max(len(prompt) for prompt in prompts) + max_new_tokens
         with torch.inference_mode():
             self.state = model.new_state(len(prompts), min(needed, model.max_seq_len))
+        self.device = self.state.lengths.device
 
     def read(self, new: Sequence[Sequence[int]]) -> Tensor:
         """Append ``new`` tokens to each row; the logits (B, V) after each row's last token, any where none is new."""
@@ -211,11 +214,17 @@ class _Window:
 
 
 class _Text:
-    """Token ids to text that is certain: whole characters, and nothing that may yet become a stop string."""
+    """Token ids to text that is certain: whole characters, and nothing that may yet become a stop string.
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
+    The decoder hears the end of the prompt first: prompt and completion together read as one text, although a
+    decoder drops the space before the first word of a text, and a prompt may end inside a character.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str]):
         self.decoder, self.stops = tokenizer.stream(), stops
         self.pending = ""
+        for token in prompt[-PROMPT_TAIL:]:
+            self.decoder.push(token)
 
     def push(self, token: int, is_end: bool) -> tuple[str, FinishReason | None]:
         if is_end:
@@ -286,8 +295,3 @@ def _evaluating(model: Any) -> Iterator[None]:
     finally:
         if training:
             model.train()
-
-
-def _device(model: Any) -> torch.device:
-    parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
-    return torch.device("cpu") if parameter is None else parameter.device

@@ -1,0 +1,1 @@
+"""One model over HTTP: the OpenAI-compatible endpoint and the chat page."""
