@@ -25,7 +25,6 @@ def questions(built):
     return {m["content"] for c in built.train for m in c.messages if m["role"] == "user"}
 
 
-@pytest.mark.rows("L1")
 def test_held_out_wordings_are_never_trained_but_their_facts_are(built):
     asked = questions(built)
     assert len(built.held_out) >= 200

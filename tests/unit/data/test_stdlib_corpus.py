@@ -72,7 +72,6 @@ def corpus():
     return list(stdlib.documents(report=report)), report
 
 
-@pytest.mark.rows("X4")
 def test_docstrings_are_dedented_and_named(library):
     found, report = of_library(library, parts=("docstrings",))
     assert found["boxes"].text == (
@@ -109,7 +108,6 @@ def test_without_source_files_docstrings_come_from_imported_modules(tmp_path):
     assert report.skipped["source not installed"] == 1 and report.documents["source"] == 0
 
 
-@pytest.mark.rows("X4")
 def test_the_corpus_of_this_python_is_large_and_cut_small(corpus):
     documents, report = corpus
     assert report.bytes["docstrings"] > 1_000_000 and report.bytes["topics"] > 200_000
