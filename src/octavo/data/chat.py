@@ -165,7 +165,9 @@ def tokenise(
         calls = [call["function"]["name"] for m in conversation.messages for call in m.get("tool_calls", ())]
         cut = any(rendered.loss_mask[seq_len:])
         truncated += cut
-        if not all(name in rendered.text for name in calls):
+        # The names stand in the list of tools too, so only what is trained can tell.
+        trained = tokenizer.decode(i for i, m in zip(rendered.ids, rendered.loss_mask) if m) if calls else ""
+        if not all(name in trained for name in calls):
             report.dropped["tool calls unknown to the chat template"] += 1
         elif not sample.loss_mask.any():
             report.dropped["answer cut off" if cut else "no trained token"] += 1

@@ -217,3 +217,23 @@ def test_long_conversations_are_cut_and_counted(tokenizer):
     assert [str(w.message)[:21] for w in caught] == ["3 of 4 answers are cu", "1 of 4 conversations "]
     with pytest.raises(DataError, match="no conversation has a trained token within seq_len = 100: 1 answer cut off"):
         chat.tokenise([hopeless], tokenizer, 100)
+
+
+def test_tool_calls_that_the_template_leaves_out_drop_the_row(tokenizer):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    calling = [
+        USER,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "4"},
+        ASSISTANT,
+    ]
+    conversation = Conversation(calling, tools=[{"name": "add"}])
+    (sample,) = chat.tokenise([conversation], tokenizer, 4096)
+    assert b'"add"' in tokenizer.decode_bytes(sample.ids[sample.loss_mask == 1])
+    deaf = type(tokenizer)(
+        tokenizer.to_json(),
+        special=tokenizer.special_text,
+        chat_template=tokenizer.chat_template.replace("message['tool_calls'] or []", "[]"),
+    )
+    with pytest.raises(DataError, match="1 tool calls unknown to the chat template"):
+        chat.tokenise([conversation], deaf, 4096)
