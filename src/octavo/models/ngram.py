@@ -42,13 +42,13 @@ class Level:
         keys: (n,) int64, ``id of the first k-1 tokens * vocab_size + last token`` (order 1: the token id).
         suffix: (n,) int32, id at order k-1 of the n-gram without its first token (order 1: 0).
         raw: (n,) int32, how often it occurs as context and target (order 1: as target).
-        continuation: (n,) int32, adjusted count when this is not the highest order; None at the top.
+        continuation: (n,) int32, adjusted count below the highest order (at the top, the raw one).
     """
 
     keys: np.ndarray
     suffix: np.ndarray
     raw: np.ndarray
-    continuation: np.ndarray | None
+    continuation: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ class NGramCounts:
             self.levels.append(Level(keys, suffix, raw, _continuation(raw, new_suffix)))
             keys, suffix, raw = new_keys, new_suffix, new_raw
             ids[at] = new_ids
-        self.levels.append(Level(keys, suffix, raw, None))
+        self.levels.append(Level(keys, suffix, raw, raw))
         self._lower: dict[bool, list[Smoothed]] = {False: [], True: []}
 
     @classmethod
@@ -151,7 +151,7 @@ class NGramCounts:
         self, order: int, counts: np.ndarray, lower: list[Smoothed], modified: bool, given: float | None
     ) -> Smoothed:
         level = self.levels[order - 1]
-        discounts = (given,) * 3 if given is not None else estimate_discounts(counts, modified)
+        discounts = (given, given, given) if given is not None else estimate_discounts(counts, modified)
         discount = np.array([0.0, *discounts])[np.minimum(counts, 3)]
         if order == 1:
             total = counts.sum()
@@ -193,8 +193,10 @@ class KneserNey:
         """Settings of an n-gram model."""
 
         kind: Literal["kneser_ney"] = "kneser_ney"
-        order: int = Field(5, ge=1, le=16, description="Length of the longest n-gram, the predicted token included.")
-        modified: bool = Field(False, description="Three discounts per order (Chen & Goodman) in place of one.")
+        order: int = Field(
+            default=5, ge=1, le=16, description="Length of the longest n-gram, the predicted token included."
+        )
+        modified: bool = Field(default=False, description="Three discounts per order (Chen & Goodman) in place of one.")
 
     def __init__(self, counts: NGramCounts, levels: list[Smoothed], modified: bool):
         self.counts, self.levels, self.modified = counts, levels, modified
