@@ -118,7 +118,7 @@ pick_torch() { # sets asked, torch_spec, torch_index, torch_why
 
 # What the environment depends on: when any of it changes, pip looks again.
 fingerprint() {
-    "$venv/bin/python" - "$root" "$torch_spec" <<'PYTHON'
+    "$venv/bin/python" - "$root" "$torch_spec" 2>/dev/null <<'PYTHON'
 import hashlib, pathlib, sys
 root, torch_spec = sys.argv[1:]
 facts = [sys.version, root, torch_spec, pathlib.Path(root, "pyproject.toml").read_text("utf-8")]
@@ -129,7 +129,7 @@ PYTHON
 # The stamp: the fingerprint, the torch that was asked for, then one extra a line.
 up_to_date() {
     [ -f "$stamp" ] && [ -x "$venv/bin/octavo" ] || return 1
-    [ "$(head -n 1 "$stamp")" = "$(fingerprint)" ] || return 1
+    now=$(fingerprint) && [ "$(head -n 1 "$stamp")" = "$now" ] || return 1
     for name in $extras; do
         tail -n +3 "$stamp" | grep -qx "$name" || return 1
     done
@@ -184,9 +184,11 @@ install_packages() {
     printf 'octavo setup: done\n'
 }
 
-make_venv
 pick_torch
-up_to_date || install_packages
+up_to_date || {
+    make_venv
+    install_packages
+}
 
 case ${1:-} in
 '')

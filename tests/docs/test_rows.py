@@ -40,7 +40,7 @@ def test_marks_are_found_on_functions_classes_modules_and_parameters(tmp_path):
 
 
 def test_page_says_the_result_and_reads_back():
-    marked = {row: {f"tests/test_{row}.py::test_it"} for row in rows.ROWS}
+    marked = {row: {f"tests/test_{row}.py::test_it"} for row in rows.ROWS | rows.BEGUN}
     marked["T1"].add("tests/test_more.py::test_that")
     outcomes = {
         "tests/test_T1.py::test_it": {"passed": 3, "failed": 1},
@@ -54,7 +54,7 @@ def test_page_says_the_result_and_reads_back():
 
 
 def test_missing_tests_unknown_rows_and_stale_names_are_reported():
-    marked = {row: {f"tests/test_{row}.py::test_it"} for row in rows.ROWS}
+    marked = {row: {f"tests/test_{row}.py::test_it"} for row in rows.ROWS | rows.BEGUN}
     page = rows.render(marked, {})
     del marked["T1"]
     marked["T2"] = {"tests/test_T2.py::test_renamed"}
