@@ -1,0 +1,70 @@
+"""A predictor that says what it is told to: to test what happens around a model, not the model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from octavo.nn.contracts import Inputs, Outputs
+
+
+class ScriptState:
+    def __init__(self, rows: int):
+        self.lengths = torch.zeros(rows, dtype=torch.long)
+        self.rows: list[list[int]] = [[] for _ in range(rows)]
+
+
+class Scripted:
+    """Continues every text with ``reply``: after its first k tokens the next one has all the probability.
+
+    Args:
+        delay_seconds: how long one pass takes.
+        fail_after: raise after this many tokens of the reply.
+    """
+
+    def __init__(
+        self,
+        reply: Sequence[int],
+        vocab_size: int,
+        *,
+        max_seq_len: int = 4096,
+        delay_seconds: float = 0.0,
+        fail_after: int | None = None,
+    ):
+        self.reply, self.vocab_size, self.max_seq_len = list(reply), vocab_size, max_seq_len
+        self.delay_seconds, self.fail_after = delay_seconds, fail_after
+        self.n_passes = 0
+
+    def state_specs(self) -> dict:
+        return {}
+
+    def new_state(self, rows: int, max_tokens: int | None = None) -> ScriptState:
+        return ScriptState(rows)
+
+    def __call__(
+        self, inputs: Inputs, state: ScriptState | None = None, needs: tuple[str, ...] = ("logits",)
+    ) -> Outputs:
+        self.n_passes += 1
+        time.sleep(self.delay_seconds)
+        B, T = inputs.tokens.shape
+        valid = inputs.valid if inputs.valid is not None else torch.ones(B, T, dtype=torch.bool)
+        history = state.rows if state is not None else [[] for _ in range(B)]
+        logits = torch.full((B, T, self.vocab_size), -30.0)
+        for row in range(B):
+            for t in range(T):
+                if valid[row, t]:
+                    history[row].append(int(inputs.tokens[row, t]))
+                    logits[row, t, self._next(history[row])] = 30.0
+        if state is not None:
+            state.lengths += valid.sum(1)
+        return Outputs(logits=logits)
+
+    def _next(self, seen: list[int]) -> int:
+        longest = next(
+            k for k in range(min(len(self.reply) - 1, len(seen)), -1, -1) if seen[len(seen) - k :] == self.reply[:k]
+        )
+        if self.fail_after is not None and longest >= self.fail_after:
+            raise RuntimeError("the script ends here")
+        return self.reply[longest]
