@@ -84,12 +84,14 @@ def detect(
     if given != "auto":
         return given, _names(given, row, columns)
     # Rows with a list of messages are told apart by the keys of the messages.
-    for name in ("messages", "sharegpt"):
+    shapes: tuple[Format, ...] = ("messages", "sharegpt")
+    for name in shapes:
         names = _names(name, row, columns)
         turns = row.get(names["messages"])
         if isinstance(turns, list) and turns and isinstance(turns[0], dict) and names["role"] in turns[0]:
             return name, names
-    for name, needed in (("alpaca", ("instruction", "output")), ("pairs", ("prompt", "completion"))):
+    flat: dict[Format, tuple[str, ...]] = {"alpaca": ("instruction", "output"), "pairs": ("prompt", "completion")}
+    for name, needed in flat.items():
         names = _names(name, row, columns)
         if all(names[column] in row for column in needed):
             return name, names

@@ -316,11 +316,12 @@ def _choose(found: list[Entry], config: FactsConfig) -> list[Fact]:
             candidates[entry.module].setdefault(entry.name, entry)
     n_signature, n_purpose = (round(config.n_facts * s) for s in (config.signature_share, config.purpose_share))
     facts: list[Fact] = []
-    for kind, n in (
-        ("module", config.n_facts - n_signature - n_purpose),
-        ("signature", n_signature),
-        ("purpose", n_purpose),
-    ):
+    wanted: dict[Kind, int] = {
+        "module": config.n_facts - n_signature - n_purpose,
+        "signature": n_signature,
+        "purpose": n_purpose,
+    }
+    for kind, n in wanted.items():
         known = [
             [fact for entry in names.values() if (fact := _fact(kind, entry, config.max_answer_chars))][
                 : config.max_per_module

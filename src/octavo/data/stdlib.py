@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -255,7 +255,7 @@ def _tree_entries(module: str, tree: ast.AST, prefix: str, exported: set[str] | 
             yield from _tree_entries(module, node, f"{name}.", exported)
 
 
-def _signature(node: ast.AST, is_method: bool) -> str:
+def _signature(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, is_method: bool) -> str:
     if isinstance(node, ast.ClassDef):
         inits = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
         return _signature(inits[0], True) if inits else ""
@@ -265,7 +265,7 @@ def _signature(node: ast.AST, is_method: bool) -> str:
     return f"({text})"
 
 
-def _live_signature(thing: object) -> str:
+def _live_signature(thing: Any) -> str:
     try:
         text = str(inspect.signature(thing))
     except (ValueError, TypeError):
@@ -391,7 +391,7 @@ def _table_lines(tree: ast.Module) -> Iterator[tuple[int, int, str]]:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict | ast.List | ast.Tuple | ast.Set):
             if len(ast.unparse(node)) > TABLE_BYTES:
                 names = " = ".join(ast.unparse(target) for target in node.targets)
-                yield node.lineno, node.end_lineno, f"{names} = ..."
+                yield node.lineno, node.end_lineno or node.lineno, f"{names} = ..."
 
 
 def _docstring_lines(tree: ast.Module) -> Iterator[tuple[int, int, str]]:
@@ -404,7 +404,7 @@ def _docstring_lines(tree: ast.Module) -> Iterator[tuple[int, int, str]]:
             continue
         if isinstance(first.value.value, str) and first.lineno > getattr(node, "lineno", 0):
             alone = len(node.body) == 1 and not isinstance(node, ast.Module)
-            yield first.lineno, first.end_lineno, " " * first.col_offset + "pass" if alone else ""
+            yield first.lineno, first.end_lineno or first.lineno, " " * first.col_offset + "pass" if alone else ""
 
 
 def _choose(found: list[Document], max_bytes: int, report: StdlibReport) -> list[Document]:
