@@ -130,15 +130,16 @@ def test_another_process_sees_the_same_corpus(corpus):
     assert run.stdout.strip() == hashlib.sha256("\0".join(d.source + d.text for d in documents).encode()).hexdigest()
 
 
-def test_max_bytes_takes_whole_documents_of_every_part(corpus):
-    documents, _ = corpus
+def test_max_bytes_takes_whole_documents_of_every_part(tmp_path):
+    parts = ("topics", "docstrings")
+    everything = list(stdlib.documents(StdlibConfig(parts=parts), root=tmp_path))
     report = StdlibReport()
-    few = list(stdlib.documents(StdlibConfig(max_bytes=1_000_000), report))
-    assert 980_000 < sum(report.bytes.values()) <= 1_000_000
-    assert set(report.bytes) == {"topics", "docstrings", "source"}
-    remaining = iter(d.text for d in documents)
+    few = list(stdlib.documents(StdlibConfig(parts=parts, max_bytes=300_000), report, tmp_path))
+    assert 290_000 < sum(report.bytes.values()) <= 300_000
+    assert min(report.bytes[part] for part in parts) > 50_000
+    remaining = iter(d.text for d in everything)
     assert all(d.text in remaining for d in few), "the order is kept"
-    assert report.skipped["over max_bytes"] == len(documents) - len(few)
+    assert report.skipped["over max_bytes"] == len(everything) - len(few)
 
 
 def test_topics_share_no_paragraph_pairs():
