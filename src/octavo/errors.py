@@ -35,7 +35,7 @@ class OctavoError(Exception):
             line += f" ({self.where})"
         line += "."
         if self.fix:
-            line += f" Fix: {self.fix.rstrip('.')}."
+            line += f" Fix: {self.fix.rstrip('.')}" + ("" if self.fix.endswith("?") else ".")
         if self.kept:
             line += f" Kept: {self.kept.rstrip('.')}."
         return line

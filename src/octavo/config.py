@@ -1,0 +1,335 @@
+"""One recipe describes a whole pipeline: data, tokenizer, model, train, tune, eval.
+
+A recipe is YAML, shipped with the package or the user's own, with dotted overrides. Everything wrong with
+it is reported at once, with the line it stands on and the nearest known name, before any data is read.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from octavo.data.chat import ChatConfig
+from octavo.data.facts import FactsConfig
+from octavo.data.prepare import DataConfig
+from octavo.errors import ConfigError, ConfigErrors, did_you_mean
+from octavo.eval.runner import EvalConfig
+from octavo.models.decoder import MODELS, Decoder
+from octavo.schema import Config, one_of
+from octavo.tokenizer.config import ByteBPE, Existing, TokenizerConfig
+from octavo.train.settings import TrainConfig
+
+
+class Pretrained:
+    """A model that exists: a run, or a Hugging Face folder of a known family; its tokenizer comes with it."""
+
+    class Config(Config):
+        kind: Literal["pretrained"] = "pretrained"
+        path: str
+
+
+class FactsData(Config):
+    """Questions and answers about the standard library of the Python that runs us."""
+
+    kind: Literal["python-stdlib"] = "python-stdlib"
+    facts: FactsConfig = FactsConfig()
+
+
+class ChatData(ChatConfig):
+    """Conversations on disk: Alpaca, ShareGPT, messages or prompt and completion, recognised per file."""
+
+    kind: Literal["chat"] = "chat"
+
+
+class TuneConfig(TrainConfig):
+    """Instruction tuning: the same loop, with a chat source and the renderer's loss mask."""
+
+    data: FactsData | ChatData = Field(FactsData(), discriminator="kind")
+    held_out: float = Field(0.05, ge=0, lt=1, description="share of a file's conversations kept for validation")
+
+
+class Recipe(Config):
+    """Everything a run is made from. A section that is left out is a stage that is not run."""
+
+    name: str = Field("run", pattern=r"^[\w.-]+$")
+    seed: int = Field(1, ge=0, lt=2**63)
+    data: DataConfig | None = None
+    tokenizer: TokenizerConfig = ByteBPE()
+    model: one_of({**MODELS, "pretrained": Pretrained}, default="decoder") = Decoder.Config()  # type: ignore[valid-type]
+    train: TrainConfig | None = None
+    tune: TuneConfig | None = None
+    eval: EvalConfig | None = EvalConfig()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Recipe:
+        pretrained = isinstance(self.model, Pretrained.Config)
+        if self.train is not None and self.data is None:
+            raise ValueError("train needs text: set data.sources")
+        if self.train is None and self.tune is None:
+            raise ValueError("nothing to do: give a train section, a tune section or both")
+        if self.train is None and not pretrained:
+            raise ValueError("tune alone needs a trained model: set model.kind to pretrained and model.path to it")
+        if not pretrained:
+            limit = self.model.max_seq_len
+            for name, section in (("train", self.train), ("tune", self.tune)):
+                if section is None:
+                    continue
+                seq_len = section.seq_len or limit
+                if seq_len > limit and self.model.positions.kind == "learned":
+                    raise ValueError(f"{name}.seq_len = {seq_len} exceeds model.max_seq_len = {limit}")
+                if section.update == "mini_batch" and section.step_tokens % seq_len:
+                    rows = max(1, round(section.step_tokens / seq_len))
+                    raise ValueError(
+                        f"{name}.step_tokens = {section.step_tokens} must be a multiple of seq_len = {seq_len}; "
+                        f"use {rows * seq_len}"
+                    )
+            size = getattr(self.tokenizer, "vocab_size", None)
+            if self.model.vocab_size is not None and size is not None and self.model.vocab_size < size:
+                raise ValueError(
+                    f"model.vocab_size = {self.model.vocab_size} is below tokenizer.vocab_size = {size}; "
+                    "leave model.vocab_size out"
+                )
+        elif self.train is not None and isinstance(self.tokenizer, Existing):
+            raise ValueError("a pretrained model brings its tokenizer: leave the tokenizer section out")
+        return self
+
+    @classmethod
+    def load(cls, name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+        """A recipe by name or path, with ``section.key=value`` overrides.
+
+        Raises:
+            ConfigErrors: everything that is wrong with it.
+        """
+        text, where = _read(name_or_path)
+        try:
+            root = yaml.compose(text, Loader=yaml.SafeLoader)
+            raw = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f"{where}:{mark.line + 1}" if mark else where
+            raise ConfigErrors(
+                [ConfigError(f"{where} is not YAML: {getattr(error, 'problem', error)}", where=line, fix="mend it")]
+            ) from None
+        if not isinstance(raw, dict):
+            raise ConfigErrors([ConfigError(f"{where} is not a mapping of sections", fix="see `octavo schema`")])
+        lines = _lines(root)
+        raw = apply_overrides(raw, overrides, lines)
+        return cls.parse(raw, where, lines)
+
+    @classmethod
+    def parse(
+        cls, raw: Mapping[str, Any], where: str = "recipe", lines: Mapping[tuple[Any, ...], str | int] | None = None
+    ) -> Recipe:
+        """Validate plain values; all errors at once, each with its place and fix."""
+        try:
+            return cls.model_validate(dict(raw))
+        except ValidationError as error:
+            raise ConfigErrors(explain(cls, raw, error, where, lines or {})) from None
+
+    def plain(self) -> dict[str, Any]:
+        """JSON-able values: what a run's recipe.yaml holds."""
+        return self.model_dump(mode="json")
+
+    def replace(self, changes: Mapping[str, Any]) -> Recipe:
+        """A copy with dotted keys set, validated anew."""
+        raw = self.plain()
+        for key, value in changes.items():
+            _set(raw, key.split("."), value)
+        return Recipe.parse(raw)
+
+
+def names() -> list[str]:
+    """The recipes shipped with the package."""
+    folder = resources.files("octavo") / "recipes"
+    return sorted(file.name[:-5] for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def _read(name_or_path: str | Path) -> tuple[str, str]:
+    name = str(name_or_path)
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        try:
+            return path.read_text(encoding="utf-8"), name
+        except OSError as error:
+            raise ConfigError(f"recipe {name} cannot be read: {error.strerror}", fix="check the path") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"recipe {name} is not UTF-8 text", fix="save it as UTF-8") from None
+    if name not in names():
+        raise ConfigError(f"there is no recipe `{name}`", fix=did_you_mean(name, names(), thing="recipe"))
+    return (resources.files("octavo") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"), f"{name}.yaml"
+
+
+def apply_overrides(
+    raw: Mapping[str, Any], overrides: Iterable[str], lines: dict[tuple[Any, ...], str | int] | None = None
+) -> dict[str, Any]:
+    """``raw`` with ``a.b.c=value`` applied; the value is read as YAML (``3e-4``, ``[a, b]``, ``null``)."""
+    result: dict[str, Any] = yaml.safe_load(yaml.safe_dump(dict(raw)))
+    errors = []
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        path = key.strip().split(".")
+        if not equals or not all(path):
+            errors.append(ConfigError(f"override {text!r} is not KEY=VALUE", fix="write it like train.steps=500"))
+            continue
+        try:
+            parsed = _scalar(yaml.safe_load(value))
+        except yaml.YAMLError:
+            errors.append(ConfigError(f"override {text!r}: the value is not YAML", fix="put quotes around it"))
+            continue
+        problem = _set(result, path, parsed)
+        if problem:
+            errors.append(ConfigError(f"override {text!r}: {problem}", fix="check the key with `octavo schema`"))
+        elif lines is not None:
+            new = [tuple(path[:n]) for n in range(1, len(path) + 1)]
+            lines |= {key: "command line" for key in new if key not in lines or key == tuple(path)}
+    if errors:
+        raise ConfigErrors(errors)
+    return result
+
+
+def _scalar(value: Any) -> Any:
+    """YAML 1.1 reads 3e-4 as text; what is a number to everybody else is one here."""
+    if isinstance(value, str):
+        try:
+            return float(value) if "e" in value.lower() else value
+        except ValueError:
+            return value
+    return value
+
+
+def _set(raw: Any, path: Sequence[str], value: Any) -> str:
+    """Set a dotted path in nested mappings and lists; returns what is wrong, or nothing."""
+    for depth, part in enumerate(path):
+        last = depth == len(path) - 1
+        if isinstance(raw, list):
+            if not part.isdigit() or int(part) >= len(raw):
+                return f"{'.'.join(path[:depth])} is a list of {len(raw)}, {part!r} is no index of it"
+            if last:
+                raw[int(part)] = value
+            raw = raw[int(part)]
+        elif isinstance(raw, dict):
+            if last:
+                raw[part] = value
+            elif raw.get(part) is None:
+                raw[part] = {}
+            elif isinstance(raw[part], str):  # a bare kind opens up: `schedule: cosine`, then schedule.warmup=10
+                raw[part] = {"kind": raw[part]}
+            raw = raw[part]
+        else:
+            return f"{'.'.join(path[:depth])} is a value, not a section"
+    return ""
+
+
+# ------------------------------------------------------------------------------------------ explaining
+
+
+def _lines(node: yaml.Node | None, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], str | int]:
+    """The line every key stands on."""
+    found: dict[tuple[Any, ...], str | int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            found[(*path, key.value)] = key.start_mark.line + 1
+            found |= _lines(value, (*path, key.value))
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            found[(*path, index)] = value.start_mark.line + 1
+            found |= _lines(value, (*path, index))
+    return found
+
+
+def explain(
+    root: type[Config],
+    raw: Mapping[str, Any],
+    error: ValidationError,
+    where: str,
+    lines: Mapping[tuple[Any, ...], str | int],
+) -> list[ConfigError]:
+    """One error in our form for every problem pydantic found."""
+    found = []
+    for problem in error.errors(include_url=False):
+        path = _path(raw, problem["loc"])
+        dotted = ".".join(map(str, path)) or "the recipe"
+        line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
+        place = f"{where}:{line}" if isinstance(line, int) else (line or where)
+        kind, value = problem["type"], problem.get("input")
+        fix = ""
+        if kind == "extra_forbidden":
+            what = f"{dotted} is not a known key"
+            config = owner(root, raw, path[:-1])
+            fix = did_you_mean(str(path[-1]), config.model_fields if config else (), thing="key")
+            fix = fix.replace("did you mean `", f"did you mean `{'.'.join(map(str, path[:-1] + ('',)))}")
+        elif kind == "missing":
+            missing = problem["loc"][-1]
+            what, fix = f"{'.'.join(map(str, (*path, missing)))} is missing", "give it a value"
+        elif kind in ("union_tag_invalid", "union_tag_not_found", "literal_error"):
+            expected = problem.get("ctx", {}).get("expected_tags") or problem.get("ctx", {}).get("expected", "")
+            options = [part.strip(" '") for part in str(expected).replace(" or ", ", ").split(",") if part.strip(" '")]
+            given = value.get("kind") if isinstance(value, dict) else value
+            what = f"{dotted} = {given!r} is not one of {', '.join(options)}"
+            fix = did_you_mean(str(given), options, thing="value")
+        elif kind == "value_error":
+            what = str(problem["ctx"]["error"])
+            what = what if path == () else f"{dotted}: {what}"
+            what, _, fix = what.partition("; use ")
+            fix = f"use {fix}" if fix else "change one of the two"
+        else:
+            what = f"{dotted} = {value!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+            fix = "correct the value"
+        found.append(ConfigError(what, where=place, fix=fix))
+    return found
+
+
+def _path(raw: Any, loc: Sequence[Any]) -> tuple[Any, ...]:
+    """The part of a pydantic location that a reader of the file knows: union tags and validators left out."""
+    path: list[Any] = []
+    for part in loc:
+        if isinstance(raw, Mapping) and part in raw:
+            path.append(part)
+            raw = raw[part]
+        elif isinstance(raw, list | tuple) and isinstance(part, int) and part < len(raw):
+            path.append(part)
+            raw = raw[part]
+    return tuple(path)
+
+
+def owner(root: type[Config], raw: Any, path: Sequence[Any]) -> type[Config] | None:
+    """The configuration class that the section at ``path`` is read as."""
+    annotation: Any = root
+    for part in path:
+        choices = _configs(annotation)
+        config = _chosen(choices, raw)
+        raw = raw[part] if isinstance(raw, Mapping | list | tuple) else None
+        if config is not None and part in config.model_fields:
+            field = config.model_fields[part]
+            annotation = (field.annotation, *field.metadata)
+        # a key of a dict or an index of a list: the same annotation's inner configs
+    return _chosen(_configs(annotation), raw)
+
+
+def _configs(annotation: Any) -> list[type[Config]]:
+    """Every configuration class inside an annotation."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return [annotation] if issubclass(annotation, Config) else []
+    parts = annotation if isinstance(annotation, tuple) else typing.get_args(annotation)
+    return [config for part in parts for config in _configs(part)]
+
+
+def _chosen(choices: list[type[Config]], raw: Any) -> type[Config] | None:
+    kind = raw.get("kind") if isinstance(raw, Mapping) else raw
+    for config in choices:
+        field = config.model_fields.get("kind")
+        if field is not None and kind in typing.get_args(field.annotation):
+            return config
+    return choices[0] if choices else None
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}

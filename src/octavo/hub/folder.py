@@ -1,0 +1,288 @@
+"""Model folders in Hugging Face layout, read and written strictly: safetensors only, every tensor accounted for."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo.errors import CheckpointError, ConfigError, did_you_mean
+from octavo.files import fsync_path, make_folder, write_json
+from octavo.hub.family import Entry, Family
+from octavo.hub.gpt2 import GPT2
+from octavo.hub.llama import Llama
+from octavo.hub.qwen import Qwen2, Qwen3
+from octavo.models.decoder import MODELS, Decoder, build
+
+# The first that can say exactly what a model is gets to write it.
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (Llama(), Qwen2(), Qwen3(), GPT2())}
+NATIVE = "octavo"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The config.json of a model folder.
+
+    Raises:
+        CheckpointError: missing, not JSON, or without model_type.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist", fix="give the folder of a model") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}", fix="restore the file") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise CheckpointError(f"{path} names no model_type", fix="give a folder written by transformers or octavo")
+    return config
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a config.json's ``model_type``."""
+    if model_type not in FAMILIES:
+        known = [*FAMILIES, NATIVE]
+        raise CheckpointError(
+            f"model_type {model_type!r} is not a known checkpoint family", fix=did_you_mean(model_type, known)
+        )
+    return FAMILIES[model_type]
+
+
+def model_config(hf: Mapping[str, Any]) -> Decoder.Config:
+    """Our configuration of a config.json."""
+    if hf["model_type"] == NATIVE:
+        return MODELS[hf["model"]["kind"]].Config.model_validate(hf["model"])
+    family = family_of(hf["model_type"])
+    try:
+        return family.read(hf)
+    except KeyError as error:
+        raise CheckpointError(f"config.json has no {error.args[0]}", fix="restore the file") from None
+    except ValueError as error:
+        first = str(error).splitlines()[0]
+        raise CheckpointError(f"config.json does not make sense: {first}", fix="restore the file") from None
+
+
+def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> Decoder:
+    """The model of a folder, in ``dtype`` or as saved.
+
+    Raises:
+        CheckpointError: pickled, damaged, unknown, or any tensor missing, left over or of another shape.
+    """
+    folder = Path(folder)
+    hf = read_config(folder)
+    config = model_config(hf)
+    tensors = read_tensors(folder)
+    model = build(config, device="meta")
+    own = dict(model.named_parameters())
+    if hf["model_type"] == NATIVE:
+        found = _check(own, tensors, folder)
+    else:
+        found = _from_foreign(family_of(hf["model_type"]), config, own, tensors, folder)
+    dtype = dtype or next(iter(found.values())).dtype
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for name in own:
+            parameter = found[name].to(dtype)
+            module, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(module), leaf, torch.nn.Parameter(parameter.contiguous()))
+    return model.eval()
+
+
+def _from_foreign(
+    family: Family, config: Decoder.Config, own: Mapping[str, Tensor], tensors: dict[str, Tensor], folder: Path
+) -> dict[str, Tensor]:
+    entries = family.entries(config)
+    prefix = family.optional_prefix
+    if prefix and not any(name.startswith(prefix) for name in tensors):
+        tensors = {name if name == family.head else prefix + name: tensor for name, tensor in tensors.items()}
+    left = {n: t for n, t in tensors.items() if not any(re.fullmatch(p, n) for p in family.ignored)}
+    if config.tie_embeddings and family.head in left:
+        embedding = next(entry.theirs for entry in entries if entry.ours == ("embed.weight",))
+        head = left.pop(family.head)
+        if embedding in left and not torch.equal(head, left[embedding]):
+            raise CheckpointError(
+                f"{folder}: {family.head} differs from {embedding}, although config.json ties them",
+                fix="set tie_word_embeddings to false",
+            )
+    found, missing, wrong = {}, [], []
+    for entry in entries:
+        if entry.theirs not in left:
+            missing.append(entry.theirs)
+            continue
+        tensor = left.pop(entry.theirs)
+        tensor = tensor.T if entry.transposed else tensor
+        sizes = [own[name].shape[0] for name in entry.ours]
+        if sum(sizes) != tensor.shape[0]:
+            wrong.append(f"{entry.theirs} has {tuple(tensor.shape)}")
+            continue
+        found |= dict(zip(entry.ours, tensor.split(sizes), strict=True))
+    return _check(own, found | {f"(theirs) {n}": t for n, t in left.items()}, folder, missing, wrong)
+
+
+def _check(
+    own: Mapping[str, Tensor], found: dict[str, Tensor], folder: Path, missing: list[str] | None = None,
+    wrong: list[str] | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Every parameter there, of its shape, and nothing left over."""
+    missing = [*(missing or []), *(name for name in own if name not in found and not missing)]
+    wrong = [*(wrong or [])] + [
+        f"{name} has {tuple(found[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in own
+        if name in found and found[name].shape != own[name].shape
+    ]
+    extra = [name.removeprefix("(theirs) ") for name in found if name not in own]
+    problems = [f"{what}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''} ({len(names)})"
+                for what, names in (("missing", missing), ("not used", extra), ("of another shape", wrong)) if names]  # fmt: skip
+    if problems:
+        raise CheckpointError(
+            f"{folder}: the tensors do not match config.json; {'; '.join(problems)}",
+            fix="use a folder whose config.json and weights belong together",
+        )
+    return found
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder, from one safetensors file or from the shards its index names."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if (folder / INDEX).is_file():
+        try:
+            where = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            files = sorted(set(where.values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{folder / INDEX} is damaged: {error}", fix="restore the file") from None
+        if outside := [name for name in files if not isinstance(name, str) or Path(name).name != name]:
+            raise CheckpointError(f"{folder / INDEX} points outside its folder: {outside[0]!r}", fix="do not use it")
+    elif (folder / WEIGHTS).is_file():
+        where, files = None, [WEIGHTS]
+    else:
+        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
+        if pickled:
+            raise CheckpointError(
+                f"{folder / pickled[0]} is a pickle, and reading one can run code",
+                fix="save the model as safetensors where it comes from",
+            )
+        raise CheckpointError(f"{folder} has no {WEIGHTS}", fix="give a folder that holds weights")
+    tensors: dict[str, Tensor] = {}
+    for name in files:
+        try:
+            tensors |= load_file(folder / name)
+        except FileNotFoundError:
+            raise CheckpointError(f"{folder / name} is missing, {INDEX} names it", fix="restore the file") from None
+        except (SafetensorError, ValueError, OSError) as error:
+            raise CheckpointError(f"{folder / name} is damaged: {error}", fix="restore the file") from None
+    if where is not None and set(where) != set(tensors):
+        odd = sorted(set(where) ^ set(tensors))
+        raise CheckpointError(f"{folder / INDEX} and the shards disagree on {', '.join(odd[:5])}", fix="restore them")
+    return tensors
+
+
+def choose_family(config: Decoder.Config, wanted: str = "auto") -> str:
+    """The family a model is written as: ``auto`` takes the first that says it exactly, else our own layout.
+
+    Raises:
+        ConfigError: ``wanted`` cannot say this model.
+    """
+    if wanted == NATIVE:
+        return NATIVE
+    fitting = [name for name, family in FAMILIES.items() if family.fits(config)]
+    if wanted == "auto":
+        return fitting[0] if fitting else NATIVE
+    if wanted not in fitting:
+        raise ConfigError(
+            f"this model cannot be written as {wanted!r}",
+            fix=f"it can be written as {', '.join([*fitting, NATIVE])}",
+        )
+    return wanted
+
+
+def save_model(
+    model: Decoder,
+    folder: str | Path,
+    *,
+    family: str = "auto",
+    extra: Mapping[str, Any] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    dtype: torch.dtype | None = None,
+) -> str:
+    """Write config.json and weights; returns the family's name.
+
+    Args:
+        family: ``auto``, a family, or ``octavo``.
+        extra: further keys of config.json (token ids).
+        shard_bytes: larger checkpoints are split over several files with an index.
+        dtype: of the written weights; default: the model's.
+
+    The folder is written aside and renamed, so that a reader never sees half a model.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    name = choose_family(model.config, family)
+    own = {n: p.detach().to("cpu", dtype or p.dtype).contiguous() for n, p in model.named_parameters()}
+    if name == NATIVE:
+        tensors = own
+        hf: dict[str, Any] = {"model_type": NATIVE, "architectures": ["Decoder"],
+                              "model": model.config.model_dump(mode="json")}  # fmt: skip
+    else:
+        chosen = FAMILIES[name]
+        tensors = {entry.theirs: _stack(entry, own) for entry in chosen.entries(model.config)}
+        hf = {"model_type": name, "architectures": [chosen.architecture], **chosen.write(model.config)}
+    dtype_name = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    hf |= {"dtype": dtype_name, "torch_dtype": dtype_name, **(extra or {})}
+    make_folder(folder.parent)
+    aside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    shards = _shards(tensors, shard_bytes)
+    for file, names in shards.items():
+        save_file({n: tensors[n] for n in names}, aside / file, metadata={"format": "pt"})
+        fsync_path(aside / file)
+    if len(shards) > 1:
+        total = sum(t.numel() * t.element_size() for t in tensors.values())
+        weight_map = {n: file for file, names in shards.items() for n in names}
+        write_json(aside / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(aside / "config.json", hf)
+    fsync_path(aside)
+    for old in folder.iterdir() if folder.is_dir() else ():  # tokenizer files and the like stay
+        if not (old.name in ("config.json", INDEX) or old.suffix == ".safetensors"):
+            old.rename(aside / old.name)
+    if folder.exists():
+        old_folder = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old_folder, ignore_errors=True)
+        folder.rename(old_folder)
+        aside.rename(folder)
+        shutil.rmtree(old_folder, ignore_errors=True)
+    else:
+        aside.rename(folder)
+    fsync_path(folder.parent)
+    return name
+
+
+def _stack(entry: Entry, own: Mapping[str, Tensor]) -> Tensor:
+    tensor = torch.cat([own[name] for name in entry.ours]) if len(entry.ours) > 1 else own[entry.ours[0]]
+    return (tensor.T if entry.transposed else tensor).contiguous().clone()
+
+
+def _shards(tensors: Mapping[str, Tensor], limit: int) -> dict[str, list[str]]:
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        n = tensor.numel() * tensor.element_size()
+        if groups[-1] and size + n > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += n
+    if len(groups) == 1:
+        return {WEIGHTS: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
