@@ -32,7 +32,7 @@ def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-    fsync_dir(path.parent)
+    fsync_path(path.parent)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -57,8 +57,8 @@ def write_all(descriptor: int, data: bytes | memoryview) -> None:
         rest = rest[os.write(descriptor, rest) :]
 
 
-def fsync_dir(path: str | os.PathLike[str]) -> None:
-    """Force the names in a folder to disk, so that a rename in it survives a power cut."""
+def fsync_path(path: str | os.PathLike[str]) -> None:
+    """Force a file's bytes, or the names in a folder, to disk: then a rename in it survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -67,6 +67,16 @@ def fsync_dir(path: str | os.PathLike[str]) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def make_folder(path: str | os.PathLike[str]) -> None:
+    """Make a folder and those above it; on return their names are on disk, so that what is put in can be found."""
+    path = Path(path)
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    fsync_path(path.parent)
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

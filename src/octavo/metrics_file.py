@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from octavo.errors import CheckpointError
-from octavo.files import write_all
+from octavo.files import fsync_path, make_folder, write_all
 
 
 class MetricsFile:
@@ -33,7 +33,7 @@ class MetricsFile:
     def __init__(self, path: str | os.PathLike[str], position: Mapping[str, Any] | None = None):
         self.path = Path(path)
         self.notices: list[str] = []
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         keep_bytes, sha256 = (position["bytes"], position["sha256"]) if position else (0, None)
         if keep_bytes and not self.path.exists():
             self.notices.append(f"warning[METRICS]: {self.path} is missing; a new one begins at this step.")
@@ -72,6 +72,7 @@ class MetricsFile:
     def position(self) -> dict[str, Any]:
         """Where the file stands, for the checkpoint; the lines up to here are on disk on return."""
         os.fsync(self._descriptor)
+        fsync_path(self.path.parent)
         return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
 
     def close(self) -> None:

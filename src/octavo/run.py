@@ -23,8 +23,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from octavo.errors import CheckpointError, ConfigError, ConfigErrors, LockedError
-from octavo.files import write_atomic, write_json
+from octavo.errors import CheckpointError, ConfigError, ConfigErrors, LockedError, ResourceError
+from octavo.files import make_folder, write_atomic, write_json
 
 STAGES = ("data", "tokenizer", "pretrain", "tune", "eval", "report")
 
@@ -105,11 +105,17 @@ class RunFolder:
 
         Raises:
             LockedError: another process owns it.
+            ResourceError: it cannot be written.
         """
         import fcntl  # not on native Windows, which is refused earlier
 
-        self.path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            make_folder(self.path)
+            descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise ResourceError(
+                f"{self.path} cannot be written ({error.strerror})", fix="choose another folder"
+            ) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import CheckpointError, ResourceError
-from octavo.files import fsync_dir, sha256_file, write_durable
+from octavo.files import fsync_path, make_folder, sha256_file, write_durable
 from octavo.train import tensor_file
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def save(
     state_bytes = json.dumps(dict(state), indent=1).encode() + b"\n"
     replaced = None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         _require_room(folder, len(state_bytes) + sum(map(tensor_file.size_bytes, groups.values())))
         if aside.exists():
             shutil.rmtree(aside)
@@ -107,7 +107,7 @@ def save(
         write_durable(aside / STATE, state_bytes)
         files[STATE] = (len(state_bytes), hashlib.sha256(state_bytes).hexdigest())
         write_durable(aside / MANIFEST, _manifest(step, run_id, files))
-        fsync_dir(aside)
+        fsync_path(aside)
         if problems := verify(aside):
             raise ResourceError(
                 f"{name} reads back other bytes than were written: {'; '.join(problems)}",
@@ -117,10 +117,12 @@ def save(
         if final.exists():
             replaced = _set_aside(final)
         os.rename(aside, final)
-        fsync_dir(folder)
+        fsync_path(folder)
     except BaseException as error:
         # Nothing of an unfinished step may stay: on a full disk it would take the room of the next try.
         shutil.rmtree(aside, ignore_errors=True)
+        if replaced and not final.exists():
+            os.rename(replaced, final)
         if isinstance(error, OSError):
             raise ResourceError(
                 f"{name} could not be saved in {folder}: {error.strerror or error}",
@@ -131,7 +133,7 @@ def save(
     # A folder that cannot be removed is no reason to call a saved step unsaved.
     with contextlib.suppress(OSError):
         if replaced:
-            shutil.rmtree(replaced)
+            _remove(replaced)
         _rotate(folder, step, keep)
     return final
 
@@ -182,7 +184,7 @@ def _rotate(folder: Path, step: int, keep: int) -> None:
     earlier = [path for number, path in _steps(folder) if number < step]
     later = [path for number, path in _steps(folder) if number > step]
     for path in (*later, *earlier[keep - 1 :], *folder.glob("damaged-*")):
-        shutil.rmtree(_set_aside(path))
+        _remove(_set_aside(path))
 
 
 def _set_aside(path: Path) -> Path:
@@ -190,6 +192,13 @@ def _set_aside(path: Path) -> Path:
     aside = path.with_name(f"drop.tmp-{path.name}-{secrets.token_hex(4)}")
     os.rename(path, aside)
     return aside
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 # ---------------------------------------------------------------------------------------- read, check
@@ -339,6 +348,8 @@ def newest(folder: str | os.PathLike[str]) -> Checkpoint | None:
     folder = Path(folder)
     if not folder.exists():
         return None
+    if folder.is_file():
+        _refuse_foreign(folder)
     steps = _steps(folder)
     failures: list[tuple[int, Path, str]] = []
     for step, path in steps:
@@ -351,16 +362,14 @@ def newest(folder: str | os.PathLike[str]) -> Checkpoint | None:
             )
             return Checkpoint(path, step, manifest["run_id"], notices, tuple(bad for _, bad, _ in failures))
         failures.append((step, path, "; ".join(problems)))
-    others = [] if folder.is_file() else [entry.name for entry in folder.iterdir() if ".tmp-" not in entry.name]
-    if not others and not folder.is_file():
+    others = sorted(entry.name for entry in folder.iterdir() if ".tmp-" not in entry.name and entry.name[0] != ".")
+    if not others:
         return None
     if not steps:
         _refuse_foreign(folder)
-    why = "; ".join(f"{path.name}/{problem}" for _, path, problem in failures) or "it holds " + ", ".join(
-        sorted(others)
-    )
+    found = [f"{path.name}/{problem}" for _, path, problem in failures] or [f"it holds {', '.join(others)}"]
     raise CheckpointError(
-        f"{folder} has no step that verifies: {why}",
+        f"{folder} has no step that verifies: {'; '.join(found)}",
         fix="restore a step from a copy, or start in a new run folder",
         kept="nothing was removed",
     )
@@ -392,14 +401,13 @@ def clear_leftovers(folder: str | os.PathLike[str]) -> None:
             final = folder / match[1]
             if not final.exists() or verify(final):
                 if final.exists():
-                    shutil.rmtree(_set_aside(final))
+                    _remove(_set_aside(final))
+                for path in (*entry.iterdir(), entry):  # the killed process may not have come to do it
+                    fsync_path(path)
                 os.rename(entry, final)
-                fsync_dir(folder)
+                fsync_path(folder)
                 continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+        _remove(entry)
 
 
 def _steps(folder: Path) -> list[tuple[int, Path]]:

@@ -1,0 +1,111 @@
+"""Ctrl-C, SIGTERM and the time limit."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from octavo.errors import ConfigError
+from octavo.stop import StopSignal, parse_duration
+
+CHILD = """
+import multiprocessing, os, sys, time
+from octavo.stop import StopSignal
+context = multiprocessing.get_context("fork")
+worker = context.Process(target=time.sleep, args=(60,), daemon=True)
+with StopSignal() as stop:
+    worker.start()
+    print("ready", flush=True)
+    while True:
+        if stop.requested and sys.argv[1] == "polite":
+            worker.kill()
+            sys.exit(75)
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize(
+    "text, seconds",
+    [("90s", 90), ("50m", 3000), ("2h", 7200), ("1h30m", 5400), ("1.5h", 5400), ("45", 45), (45, 45), ("1D", 86400)],
+)
+def test_durations(text, seconds):
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "text", ["", "m", "50 minutes", "-5m", "0s", "5m3", "h2", "nan", float("nan"), float("inf"), 0]
+)
+def test_what_is_no_duration_is_refused(text):
+    with pytest.raises(ConfigError, match="not a length of time"):
+        parse_duration(text)
+
+
+def test_the_time_limit_is_asked_of_the_clock():
+    now = [100.0]
+    with StopSignal("50m", clock=lambda: now[0]) as stop:
+        assert not stop.requested and stop.seconds_left == 3000
+        now[0] += 2999.9
+        assert not stop.requested and stop.reason == ""
+        now[0] += 0.2
+        assert stop.requested and stop.reason == "the time limit of 50m is reached" and stop.seconds_left == 0
+
+
+def test_a_signal_sets_the_flag_and_the_old_handlers_come_back():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    lines: list[str] = []
+    now = [0.0]
+    with StopSignal(notify=lines.append, clock=lambda: now[0]) as stop:
+        assert not stop.requested and stop.seconds_left == float("inf")
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested and stop.reason == "SIGTERM"
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.reason == "Ctrl-C"
+        now[0] = 5.1  # too late to be the second of a pair
+        os.kill(os.getpid(), signal.SIGINT)
+    assert len(lines) == 3 and lines[0].startswith("SIGTERM: stopping after this step")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_outside_the_main_thread_only_the_time_limit_works():
+    seen = []
+
+    def work():
+        with StopSignal("1h") as stop:
+            seen.append((stop.requested, signal.getsignal(signal.SIGTERM)))
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(False, before)]
+
+
+@pytest.mark.parametrize(
+    "manner, signals, code",
+    [
+        ("polite", [signal.SIGINT], 75),
+        ("polite", [signal.SIGTERM], 75),
+        ("deaf", [signal.SIGINT, signal.SIGINT], 130),
+        ("deaf", [signal.SIGTERM, signal.SIGINT, signal.SIGINT], 130),
+    ],
+)
+def test_first_and_second_signal_of_a_process(manner, signals, code):
+    child = subprocess.Popen([sys.executable, "-c", CHILD, manner], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.stdout and child.stderr
+    assert child.stdout.readline() == b"ready\n"
+    try:
+        for count, number in enumerate(signals, start=1):
+            child.send_signal(number)
+            while count < len(signals) and b"stopping after this step" not in child.stderr.readline():
+                pass
+        assert child.wait(timeout=10) == code
+    finally:
+        child.kill()
+    # A worker that lives on would hold the other end of this pipe for a minute.
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(child.stdout.read).result(timeout=10) == b""
+    child.stdout.close(), child.stderr.close()
