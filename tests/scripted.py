@@ -13,7 +13,7 @@ from octavo.nn.contracts import Inputs, Outputs
 class ScriptState:
     def __init__(self, rows: int):
         self.lengths = torch.zeros(rows, dtype=torch.long)
-        self.rows: list[list[int]] = [[] for _ in range(rows)]
+        self.known = [0] * rows
 
 
 class Scripted:
@@ -50,21 +50,21 @@ class Scripted:
         time.sleep(self.delay_seconds)
         B, T = inputs.tokens.shape
         valid = inputs.valid if inputs.valid is not None else torch.ones(B, T, dtype=torch.bool)
-        history = state.rows if state is not None else [[] for _ in range(B)]
+        known = state.known if state is not None else [0] * B
         logits = torch.full((B, T, self.vocab_size), -30.0)
         for row in range(B):
             for t in range(T):
                 if valid[row, t]:
-                    history[row].append(int(inputs.tokens[row, t]))
-                    logits[row, t, self._next(history[row])] = 30.0
+                    known[row] = self._after(known[row], int(inputs.tokens[row, t]))
+                    logits[row, t, self.reply[known[row]]] = 30.0
         if state is not None:
             state.lengths += valid.sum(1)
         return Outputs(logits=logits)
 
-    def _next(self, seen: list[int]) -> int:
-        longest = next(
-            k for k in range(min(len(self.reply) - 1, len(seen)), -1, -1) if seen[len(seen) - k :] == self.reply[:k]
-        )
-        if self.fail_after is not None and longest >= self.fail_after:
+    def _after(self, known: int, token: int) -> int:
+        """How much of the reply has been said after ``token``."""
+        known = known + 1 if token == self.reply[known] else int(token == self.reply[0])
+        known = min(known, len(self.reply) - 1)
+        if self.fail_after is not None and known >= self.fail_after:
             raise RuntimeError("the script ends here")
-        return self.reply[longest]
+        return known

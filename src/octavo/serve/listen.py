@@ -9,7 +9,7 @@ import ipaddress
 import os
 import signal
 import socket
-import sys
+import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
@@ -67,10 +67,16 @@ def listen(app: FastAPI, sock: socket.socket, config: ServeConfig) -> int:
     Returns:
         The exit code: 0, or 130 after a second Ctrl-C.
     """
-    timed = type("TimedProtocol", (_TimedProtocol,), {"header_seconds": config.header_seconds})
+    server = make_server(app, config)
+    server.run(sockets=[sock])
+    return server.exit_code
+
+
+def make_server(app: FastAPI, config: ServeConfig) -> Server:
+    """Uvicorn for an application of ``create_app``."""
     settings = uvicorn.Config(
         app,
-        http=timed,
+        http=type("TimedProtocol", (_TimedProtocol,), {"header_seconds": config.header_seconds}),
         ws="none",
         lifespan="on",
         log_level="warning",
@@ -78,14 +84,11 @@ def listen(app: FastAPI, sock: socket.socket, config: ServeConfig) -> int:
         server_header=False,
         proxy_headers=False,
         timeout_graceful_shutdown=2,
-        backlog=2048,
     )
-    server = _Server(settings, app.state.worker, config.grace_seconds)
-    server.run(sockets=[sock])
-    return server.exit_code
+    return Server(settings, app.state.worker, config.grace_seconds)
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """Uvicorn, leaving with 0 after a signal: first no new work, then what runs may end, then the door closes."""
 
     def __init__(self, config: uvicorn.Config, worker: Worker, grace_seconds: float):
@@ -114,7 +117,7 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         # As uvicorn's, without raising the signal again at the end: a drained server has done what it was told.
-        wanted = (signal.SIGINT, signal.SIGTERM)
+        wanted = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
         original = {sig: signal.signal(sig, self.handle_exit) for sig in wanted}
         try:
             yield
@@ -136,6 +139,10 @@ class _TimedProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._watch_headers()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch_headers()  # of the next request, which may have begun to arrive with the last one
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._unwatch()
@@ -167,11 +174,9 @@ def _is_loopback(host: str) -> bool:
 
 
 def announce(name: str, sock: socket.socket, config: ServeConfig) -> None:
-    """Say where the page and the endpoint are."""
-    port = sock.getsockname()[1]
+    """Say where the page and the endpoint are, and who can reach them."""
     host = f"[{config.host}]" if ":" in config.host else config.host
-    print(
-        f"Serving {name} at http://{host}:{port}  (OpenAI endpoint: http://{host}:{port}/v1, Ctrl-C stops)", flush=True
-    )
-    if config.api_key is None:
-        print("Only this machine can reach it.", file=sys.stderr)
+    address = f"http://{host}:{sock.getsockname()[1]}"
+    reach = "only this machine can reach it" if _is_loopback(config.host) else "reachable from the network with the key"
+    print(f"{name} is served at {address} ({reach}; Ctrl-C stops)")
+    print(f"OpenAI clients: base_url={address}/v1, model={name}", flush=True)

@@ -1,0 +1,3 @@
+from serving import client, tokenizer
+
+__all__ = ["client", "tokenizer"]

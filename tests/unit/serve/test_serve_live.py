@@ -1,0 +1,309 @@
+"""On a real socket: OpenAI's own client, clients that leave or do not read, overload, failures, signals."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from scripted import Scripted
+from serving import REPLY, chat
+
+from octavo.errors import ConfigError
+from octavo.serve.app import ServeConfig, create_app
+from octavo.serve.listen import bind, make_server
+from octavo.tokenizer import Tokenizer
+
+LONG = "abcdefghij" * 100
+
+
+class Live:
+    def __init__(self, port: int, model: Scripted, worker) -> None:
+        self.port, self.model, self.worker = port, model, worker
+        self.url = f"http://127.0.0.1:{port}"
+
+    def post(self, seconds: float = 30, **more: object) -> httpx.Response:
+        return httpx.post(f"{self.url}/v1/chat/completions", json=chat(**more), timeout=seconds)
+
+    def raw(self, request: bytes, receive_bytes: int | None = None) -> socket.socket:
+        sock = socket.socket()
+        if receive_bytes:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        sock.connect(("127.0.0.1", self.port))
+        sock.settimeout(20)
+        sock.sendall(request)
+        return sock
+
+    def settled(self) -> None:
+        """Wait until nothing is open, then until the model has stopped."""
+        until = time.monotonic() + 5
+        while self.worker.open_jobs and time.monotonic() < until:
+            time.sleep(0.005)
+        assert not self.worker.open_jobs
+
+
+@pytest.fixture
+def live(tokenizer: Tokenizer):
+    @contextmanager
+    def run(reply: str = REPLY, send_buffer: int | None = None, settings: dict | None = None, **more) -> Iterator[Live]:
+        model = Scripted([*tokenizer.encode(reply), tokenizer.special.eos], tokenizer.vocab_size, **more)
+        config = ServeConfig(port=0, **(settings or {}))
+        sock = bind(config)
+        if send_buffer:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+        app = create_app(model, tokenizer, "tiny", config)
+        server = make_server(app, config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        try:
+            yield Live(sock.getsockname()[1], model, app.state.worker)
+        finally:
+            server.should_exit = True
+            thread.join(10)
+            assert not thread.is_alive()
+
+    return run
+
+
+def http(body: dict) -> bytes:
+    content = json.dumps(body).encode()
+    head = [
+        "POST /v1/chat/completions HTTP/1.1",
+        "Host: localhost",
+        "Content-Type: application/json",
+        f"Content-Length: {len(content)}",
+        "Connection: close",
+    ]
+    return "\r\n".join([*head, "", ""]).encode() + content
+
+
+def test_the_openai_client(live) -> None:
+    with live() as server, openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        assert [model.id for model in client.models.list()] == ["tiny"]
+        ask = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
+        answer = client.chat.completions.create(**ask)
+        assert answer.choices[0].message.content == REPLY and answer.usage.total_tokens > 0
+        stream = client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True})
+        chunks = list(stream)
+        assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == REPLY
+        assert chunks[-1].usage == answer.usage
+        text = client.completions.create(model="tiny", prompt="Say: ", max_tokens=5, temperature=0)
+        assert text.choices[0].text == "Hello"
+        follow = client.chat.completions.create(model="tiny", messages=[*ask["messages"], answer.choices[0].message])
+        assert follow.choices[0].finish_reason == "stop"
+        with pytest.raises(openai.NotFoundError) as missing:
+            client.chat.completions.create(**{**ask, "model": "other"})
+        assert missing.value.code == "model_not_found" and missing.value.param == "model"
+        with pytest.raises(openai.BadRequestError) as long:
+            client.chat.completions.create(**ask, max_tokens=10**6)
+        assert long.value.code == "context_length_exceeded"
+
+
+def test_the_openai_client_with_a_key(live) -> None:
+    with live(settings={"api_key": "right"}) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)
+        with client, pytest.raises(openai.AuthenticationError):
+            client.models.list()
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="right", max_retries=0) as client:
+            assert client.models.list().data[0].id == "tiny"
+
+
+def test_the_openai_client_tries_again_when_the_server_is_busy(live) -> None:
+    with live(LONG[:40], delay_seconds=0.02, settings={"max_requests": 1}) as server:
+        busy = server.raw(http(chat(stream=True)))
+        busy.recv(1)
+        assert server.post().status_code == 429
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=5) as client:
+            answer = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hi"}])
+        assert answer.choices[0].message.content == LONG[:40]
+        busy.close()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("reset", [True, False])
+def test_a_client_that_leaves_stops_its_generation(live, stream: bool, reset: bool) -> None:
+    with live(LONG, delay_seconds=0.01) as server:
+        sock = server.raw(http(chat(stream=stream)))
+        if stream:
+            sock.recv(100)
+        while server.model.n_passes < 5:
+            time.sleep(0.005)
+        if reset:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        sock.close()
+        server.settled()
+        at = server.model.n_passes
+        time.sleep(0.1)
+        assert server.model.n_passes <= at + 1 < len(LONG)
+        assert server.post(max_tokens=3).json()["choices"][0]["message"]["content"] == LONG[:3]
+
+
+def test_a_client_that_leaves_the_queue_costs_nothing(live) -> None:
+    with live(LONG[:30], delay_seconds=0.02) as server:
+        first = server.raw(http(chat(stream=True)))
+        first.recv(1)
+        waiting = [server.raw(http(chat(stream=True))) for _ in range(5)]
+        while len(server.worker.open_jobs) < 6:
+            time.sleep(0.005)
+        for sock in waiting:
+            sock.close()
+        while len(server.worker.open_jobs) > 1:
+            time.sleep(0.005)
+        while first.recv(65536):
+            pass
+        server.settled()
+        assert server.model.n_passes <= 31 + 1  # the first answer's tokens and its end, nothing of the others
+
+
+def test_overload_is_said_at_once_and_nobody_accepted_is_lost(live) -> None:
+    with live(LONG[:20], delay_seconds=0.01, settings={"max_requests": 4}) as server, ThreadPoolExecutor(24) as pool:
+
+        def ask(_: int) -> tuple[httpx.Response, float]:
+            began = time.monotonic()
+            return server.post(), time.monotonic() - began
+
+        answers = list(pool.map(ask, range(24)))
+        served = [response for response, _ in answers if response.status_code == 200]
+        refused = [(response, seconds) for response, seconds in answers if response.status_code == 429]
+        assert len(served) + len(refused) == 24 and len(served) >= 4 and refused
+        assert all(r.json()["choices"][0]["message"]["content"] == LONG[:20] for r in served)
+        for response, _ in refused:
+            assert response.headers["retry-after"] == "1"
+            assert response.json()["error"]["code"] == "overloaded"
+        server.settled()
+
+
+def test_a_reader_that_stalls_is_dropped(live) -> None:
+    with live(LONG, send_buffer=2048, settings={"stall_seconds": 0.3}) as server:
+        sock = server.raw(http(chat(stream=True)), receive_bytes=2048)
+        until = time.monotonic() + 10
+        while server.worker.open_jobs or server.model.n_passes == 0:
+            assert time.monotonic() < until, "the place was never given back"
+            time.sleep(0.05)
+        assert server.post(max_tokens=2).status_code == 200
+        sock.close()
+
+
+def test_a_request_that_fails_takes_nothing_with_it(live) -> None:
+    with live(fail_after=0) as server:
+        for n in range(1, 4):
+            failed = server.post()
+            assert failed.status_code == 500 and failed.json()["error"]["type"] == "server_error"
+            assert httpx.get(f"{server.url}/readyz").status_code == (503 if n == 3 else 200)
+            assert httpx.get(f"{server.url}/livez").status_code == 200
+        server.model.fail_after = None
+        assert server.post().status_code == 200
+        assert httpx.get(f"{server.url}/readyz").status_code == 200
+        server.model.fail_after = 3
+        lines = [line for line in server.post(stream=True).text.split("\n\n") if line]
+        assert lines[-1] == "data: [DONE]" and "error" in json.loads(lines[-2][6:])
+        assert json.loads(lines[-3][6:])["choices"][0]["finish_reason"] == "error"
+
+
+def test_slow_headers_are_cut_off(live) -> None:
+    with live(settings={"header_seconds": 0.3}) as server:
+        whole = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        for begun in (b"", whole[:20], whole + whole[:10]):
+            sock = server.raw(begun)
+            sock.settimeout(3)
+            began = time.monotonic()
+            try:
+                while sock.recv(4096):
+                    pass
+            except ConnectionResetError:
+                pass
+            assert 0.2 < time.monotonic() - began < 2.5
+            sock.close()
+        assert httpx.get(f"{server.url}/livez").status_code == 200
+
+
+def test_a_long_answer_is_not_cut_by_the_header_limit(live) -> None:
+    with live(LONG[:40], delay_seconds=0.02, settings={"header_seconds": 0.2}) as server:
+        assert server.post().json()["choices"][0]["message"]["content"] == LONG[:40]
+
+
+def test_the_address_is_taken_first(tokenizer: Tokenizer) -> None:
+    with bind(ServeConfig(port=0)) as sock:
+        port = sock.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port {port} on 127.0.0.1 is in use"):
+            sock.listen()
+            bind(ServeConfig(port=port))
+    for host in ("0.0.0.0", "::", "192.168.1.1"):
+        with pytest.raises(ConfigError, match="there is no key"):
+            bind(ServeConfig(host=host, port=0))
+    bind(ServeConfig(host="0.0.0.0", port=0, api_key="k")).close()
+    with pytest.raises(ConfigError, match="not an address"):
+        bind(ServeConfig(host="no such name.invalid", port=0, api_key="k"))
+
+
+SERVER = """
+import sys
+from scripted import Scripted
+from octavo.serve.app import ServeConfig, create_app
+from octavo.serve.listen import bind, listen
+from octavo.tokenizer import CHATML, Byte, train
+tokenizer = train(Byte(), [])
+tokenizer.chat_template = tokenizer.chat_template or CHATML
+reply = [*tokenizer.encode("abcdefghij" * 10), tokenizer.special.eos]
+model = Scripted(reply, tokenizer.vocab_size, delay_seconds=0.02)
+config = ServeConfig(port=0, grace_seconds=float(sys.argv[1]))
+sock = bind(config)
+print(sock.getsockname()[1], flush=True)
+sys.exit(listen(create_app(model, tokenizer, "tiny", config), sock, config))
+"""
+
+
+@pytest.mark.parametrize(("sig", "grace", "whole"), [(signal.SIGTERM, 20, True), (signal.SIGINT, 0.3, False)])
+def test_a_signal_ends_it_in_order(sig: signal.Signals, grace: float, whole: bool) -> None:
+    tests = str(Path(__file__).parents[2])
+    path = os.pathsep.join([os.environ["PYTHONPATH"], tests])
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER, str(grace)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    try:
+        url = f"http://127.0.0.1:{int(process.stdout.readline())}"
+        wait_until_ready(url)
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=chat(stream=True), timeout=30) as response:
+            parts = response.iter_text()
+            text = next(parts)
+            process.send_signal(sig)
+            if whole:  # with the short grace nobody may be in time to be told
+                time.sleep(0.15)
+                late = httpx.post(f"{url}/v1/chat/completions", json=chat(), timeout=5)
+                assert late.status_code == 503 and late.json()["error"]["code"] == "shutting_down"
+                assert httpx.get(f"{url}/readyz").status_code == 503
+            text += "".join(parts)
+        assert text.endswith("data: [DONE]\n\n")
+        assert ('"error"' not in text) == whole
+        assert process.wait(10) == 0
+        assert process.stderr.read() == ""
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_until_ready(url: str) -> None:
+    until = time.monotonic() + 60
+    while True:
+        try:
+            assert httpx.get(f"{url}/readyz").status_code == 200
+            return
+        except httpx.TransportError:
+            assert time.monotonic() < until
+            time.sleep(0.05)
