@@ -56,7 +56,8 @@ class Unigram(Config):
     """Unigram language model over pieces (Kudo 2018), spaces kept as ``▁``.
 
     ``keep`` is the share of pieces that survives one pruning round; ``seed_size`` the number of candidate
-    pieces it starts from; unknown characters as in :class:`BPE`.
+    pieces it starts from; it learns from the most frequent words, up to ``train_chars`` characters of them. Unknown
+    characters as in :class:`BPE`.
     """
 
     kind: Literal["unigram"] = "unigram"
@@ -68,6 +69,7 @@ class Unigram(Config):
     alphabet_size: int = Field(2000, ge=1)
     byte_fallback: bool = False
     normalize: Normalize = "none"
+    train_chars: int = Field(4_000_000, ge=1)
     max_piece_chars: int = Field(64, ge=1)
 
     @model_validator(mode="after")

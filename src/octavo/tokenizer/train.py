@@ -229,7 +229,8 @@ def _known(text: str, keep: set[str]) -> Iterator[str]:
 def _train_unigram(config: Unigram, texts: Iterable[str]) -> dict[str, Any]:
     from tokenizers import Tokenizer, models
 
-    from octavo.tokenizer.unigram import train_pieces
+    from octavo.tokenizer.unigram import FLOOR
+    from octavo.tokenizer.unigram_train import train_pieces
 
     rust = Tokenizer(models.Unigram())
     _spaced(rust, config)
@@ -246,10 +247,12 @@ def _train_unigram(config: Unigram, texts: Iterable[str]) -> dict[str, Any]:
         em_steps=config.em_steps,
         max_chars=config.max_token_chars,
         alphabet_size=config.alphabet_size,
+        train_chars=config.train_chars,
+        # With these a text that spells "<0x0A>" always has a cheaper path than the byte of that name.
+        letters="<0x123456789ABCDEF>" if config.byte_fallback else "",
     )
     spec = json.loads(rust.to_str())
-    # Never the best path: the lowest score that is still above the library's own penalty for unknown characters.
-    vocab = [[name, 0.0] for name in head] + [[piece, score] for piece, score in pieces]
+    vocab = [[name, FLOOR * 10] for name in head] + [[piece, score] for piece, score in pieces]
     spec["model"] = {"type": "Unigram", "unk_id": len(SPECIALS), "vocab": vocab, "byte_fallback": config.byte_fallback}
     return spec
 
