@@ -169,6 +169,12 @@ def default_stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset(token for token in (special.eos, special.turn_end) if token is not None)
 
 
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """A plain text as the model saw texts in training: after the beginning-of-text token, where there is one."""
+    bos = tokenizer.special.bos
+    return [*([] if bos is None else [bos]), *tokenizer.encode(text)]
+
+
 class _Window:
     """What the model has read of each row: cached while all fit into its context, then cropped and read anew."""
 

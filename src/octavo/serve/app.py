@@ -13,17 +13,17 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import Field
 from starlette.exceptions import HTTPException
 
 from octavo.errors import OctavoError
+from octavo.infer.generate import encode_prompt
 from octavo.infer.sampling import SamplingConfig
-from octavo.schema import Config
 from octavo.serve import protocol
 from octavo.serve.body import Bodies, parse_object
 from octavo.serve.guard import Guard, Message, Receive, Scope, Send
 from octavo.serve.protocol import ChatRequest, CompletionRequest, Shape
 from octavo.serve.refusal import ApiError
+from octavo.serve.settings import ServeConfig
 from octavo.serve.worker import Job, Worker
 from octavo.tokenizer import Tokenizer
 
@@ -38,20 +38,6 @@ PAGE = {
 PUBLIC = frozenset(("/livez", *PAGE))
 
 log = logging.getLogger("octavo.serve")
-
-
-class ServeConfig(Config):
-    """Settings of the server."""
-
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
-    api_key: str | None = Field(None, min_length=1)
-    allow_hosts: tuple[str, ...] = ()
-    max_requests: int = Field(32, ge=1, description="accepted and not yet answered; more are told to come back")
-    grace_seconds: float = Field(20.0, ge=0, description="how long streams may go on after SIGTERM")
-    header_seconds: float = Field(10.0, gt=0)
-    body_seconds: float = Field(30.0, gt=0)
-    stall_seconds: float = Field(60.0, gt=0, description="a client that reads nothing for so long is dropped")
 
 
 @dataclass(frozen=True)
@@ -285,12 +271,6 @@ async def _stop_when_gone(receive: Callable[[], Awaitable[Any]], job: Job) -> No
 def _n_prompt(plan: Plan) -> int:
     distinct = {id(ids): len(ids) for ids in plan.prompts}  # n answers share one prompt
     return sum(distinct.values())
-
-
-def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """A plain text as the model saw texts in training: after the beginning-of-text token, where there is one."""
-    bos = tokenizer.special.bos
-    return [*([] if bos is None else [bos]), *tokenizer.encode(text)]
 
 
 def create_app(model: Any, tokenizer: Tokenizer, name: str, config: ServeConfig | None = None) -> FastAPI:

@@ -21,7 +21,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from octavo.errors import ConfigError
-from octavo.serve.app import ServeConfig
+from octavo.serve.settings import ServeConfig
 from octavo.serve.worker import Worker
 
 INTERRUPTED = 130

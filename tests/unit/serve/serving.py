@@ -8,7 +8,8 @@ import httpx
 import pytest
 from scripted import Scripted
 
-from octavo.serve.app import ServeConfig, create_app
+from octavo.serve.app import create_app
+from octavo.serve.settings import ServeConfig
 from octavo.tokenizer import CHATML, Byte, Tokenizer, train
 
 Client = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]

@@ -20,8 +20,9 @@ from scripted import Scripted
 from serving import REPLY, chat
 
 from octavo.errors import ConfigError
-from octavo.serve.app import ServeConfig, create_app
+from octavo.serve.app import create_app
 from octavo.serve.listen import bind, make_server
+from octavo.serve.settings import ServeConfig
 from octavo.tokenizer import Tokenizer
 
 LONG = "abcdefghij" * 100
@@ -251,7 +252,8 @@ def test_the_address_is_taken_first(tokenizer: Tokenizer) -> None:
 SERVER = """
 import sys
 from scripted import Scripted
-from octavo.serve.app import ServeConfig, create_app
+from octavo.serve.app import create_app
+from octavo.serve.settings import ServeConfig
 from octavo.serve.listen import bind, listen
 from octavo.tokenizer import CHATML, Byte, train
 tokenizer = train(Byte(), [])

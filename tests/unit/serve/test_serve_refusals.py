@@ -8,8 +8,8 @@ import httpx
 import pytest
 from serving import Client, chat
 
-from octavo.serve.app import ServeConfig
 from octavo.serve.body import MAX_BODY_BYTES, Bodies
+from octavo.serve.settings import ServeConfig
 
 SECRET = "xyzzy-secret"
 

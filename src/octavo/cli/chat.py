@@ -1,0 +1,144 @@
+"""``octavo chat``: a conversation in the terminal, or one message a line from a script."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from octavo.cli.generate import (
+    MaxNewTokens,
+    MinP,
+    Model,
+    Repetition,
+    Seed,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+    sampling,
+)
+from octavo.errors import ConfigError, OctavoError
+
+if TYPE_CHECKING:
+    from octavo.infer.sampling import SamplingConfig
+
+app = typer.Typer(rich_markup_mode="rich")
+
+HELP = "Enter sends. /reset begins anew, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer."
+DIM, BOLD, PLAIN = "\033[2m", "\033[1m", "\033[0m"
+
+
+@app.command()
+def chat(
+    model: Model,
+    system: Annotated[str | None, typer.Option(help="How the model should behave.")] = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.7,
+    top_k: TopK = 0,
+    top_p: TopP = 0.95,
+    min_p: MinP = 0.0,
+    repetition_penalty: Repetition = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
+) -> None:
+    """Talk to a model. It remembers the conversation; /reset forgets it, /exit leaves.
+
+    From a script, each line of standard input is one message and only the answers are printed.
+
+    Example: [bold]octavo chat runs/quickstart[/bold]   ·   [bold]echo "What is json.dumps?" | octavo chat MODEL[/bold]
+    """
+    config = sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=tuple(stop or ()),
+    )
+    import octavo
+
+    lm: Any = octavo.load(model)
+    converse(lm.model, lm.tokenizer, config, system=system, name=model.resolve().name)
+
+
+def converse(model: Any, tokenizer: Any, config: SamplingConfig, *, system: str | None = None, name: str = "") -> None:
+    """Read messages and stream answers until the input ends.
+
+    Raises:
+        ConfigError: the model has no chat template; in a script also a conversation that has become too long.
+    """
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            f"{name or 'this model'} has no chat template",
+            fix="use octavo generate, or tune it on conversations first",
+        )
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    messages = list(opening)
+    if interactive:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - arrow keys and history at the prompt
+        print(f"{BOLD}{name}{PLAIN}  {DIM}{HELP}{PLAIN}")
+    for line in _lines(interactive):
+        command = line.strip()
+        if command == "/exit":
+            return
+        if command == "/reset":
+            messages = list(opening)
+            if interactive:
+                print(f"{DIM}The conversation begins anew.{PLAIN}")
+        elif command == "/help":
+            print(HELP)
+        elif command:
+            asked = [*messages, {"role": "user", "content": line}]
+            try:
+                answer = _answer(model, tokenizer, asked, config, interactive)
+            except OctavoError as error:
+                if not interactive:
+                    raise
+                print(f"{error}\n{DIM}/reset begins anew.{PLAIN}")
+            else:
+                messages = [*asked, {"role": "assistant", "content": answer}]
+
+
+def _lines(interactive: bool) -> Iterator[str]:
+    """Messages as they are typed or piped; ends at the end of the input, and at Ctrl-C on an empty prompt."""
+    if not interactive:
+        yield from (line.rstrip("\r\n") for line in sys.stdin)
+        return
+    while True:
+        try:
+            yield input("\n› ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+
+
+def _answer(
+    model: Any, tokenizer: Any, messages: list[dict[str, str]], config: SamplingConfig, interactive: bool
+) -> str:
+    """Stream one answer to standard output and return it, or what there is of it after Ctrl-C."""
+    from octavo.infer.generate import pieces
+
+    ids = tokenizer.render(messages, add_generation_prompt=True).ids
+    said: list[str] = []
+    reason = None
+    try:
+        for piece in pieces(model, tokenizer, [ids], config, on_full="stop"):
+            said.append(piece.text)
+            reason = piece.finish_reason
+            sys.stdout.write(piece.text)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        if not interactive:
+            raise
+        reason = "stopped"
+    ending = {"length": " [cut off at the limit]", "stopped": " [stopped]"}.get(reason or "", "")
+    print(f"{DIM}{ending}{PLAIN}" if interactive and ending else "")
+    return "".join(said)

@@ -1,0 +1,96 @@
+"""``octavo generate``: continue a text. The sampling options are shared with ``octavo chat``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from octavo.errors import ConfigError, ConfigErrors
+
+if TYPE_CHECKING:
+    from octavo.infer.sampling import SamplingConfig
+
+app = typer.Typer(rich_markup_mode="rich")
+
+Model = Annotated[Path, typer.Argument(help="A run or a model folder.")]
+Temperature = Annotated[float, typer.Option(help="0 always takes the most probable token, 1 is the model's own taste.")]
+TopK = Annotated[int, typer.Option(help="Choose among the k most probable tokens; 0 among all.")]
+TopP = Annotated[float, typer.Option(help="Choose among the most probable tokens that add up to this much.")]
+MinP = Annotated[float, typer.Option(help="Leave out tokens below this share of the best one's probability.")]
+Repetition = Annotated[float, typer.Option(help="Above 1: avoid tokens that were there before.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Stop after this many tokens.")]
+Seed = Annotated[int | None, typer.Option(help="Makes the same choices every time.")]
+Stop = Annotated[list[str] | None, typer.Option(help="A text that ends the answer; may be given several times.")]
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Argument(help="The text to continue; - or none: standard input.")] = None,
+    max_new_tokens: MaxNewTokens = 200,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 0,
+    top_p: TopP = 0.95,
+    min_p: MinP = 0.0,
+    repetition_penalty: Repetition = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
+    n: Annotated[int, typer.Option("--n", min=1, max=64, help="How many continuations.")] = 1,
+) -> None:
+    """Continue a text with a model; the text appears as it is made.
+
+    Example: [bold]octavo generate runs/quickstart "The json module"[/bold]   ·   [bold]octavo generate MODEL < a.txt[/bold]
+    """
+    config = sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=tuple(stop or ()),
+    )
+    if prompt is None and sys.stdin.isatty():
+        raise ConfigError("there is no text to continue", fix='give one: octavo generate MODEL "Once upon a time"')
+    text = sys.stdin.read() if prompt in (None, "-") else str(prompt)
+
+    import octavo
+    from octavo.infer import generate as decode
+
+    lm: Any = octavo.load(model)
+    ids = decode.encode_prompt(lm.tokenizer, text)
+    if n == 1:
+        sys.stdout.write(text)
+        for piece in decode.stream(lm.model, lm.tokenizer, ids, config):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+        return
+    for number, completion in enumerate(decode.generate(lm.model, lm.tokenizer, [ids] * n, config), start=1):
+        sys.stdout.write(f"--- {number}\n{text}{completion.text}\n")
+
+
+def sampling(**settings: Any) -> SamplingConfig:
+    """The sampling settings of a command line.
+
+    Raises:
+        ConfigErrors: one line for each option out of its range.
+    """
+    from octavo.infer.sampling import SamplingConfig
+
+    try:
+        return SamplingConfig(**settings)
+    except ValidationError as invalid:
+        raise ConfigErrors(map(_explain, invalid.errors())) from None
+
+
+def _explain(error: Mapping[str, Any]) -> ConfigError:
+    option = "--" + str(error["loc"][0]).replace("_", "-")
+    rule = error["msg"].removeprefix("Input ")
+    return ConfigError(f"{option} = {error['input']!r}: {rule}", fix="choose another value")

@@ -1,0 +1,59 @@
+"""``octavo serve``: the OpenAI-compatible endpoint and the chat page."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from octavo.cli.generate import Model
+from octavo.errors import ConfigError
+
+app = typer.Typer(rich_markup_mode="rich")
+
+
+@app.command()
+def serve(
+    model: Model,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free port.")] = 8000,
+    host: Annotated[str, typer.Option(help="Addresses other than this machine's own need --api-key.")] = "127.0.0.1",
+    api_key: Annotated[
+        str | None, typer.Option(envvar="OCTAVO_API_KEY", show_envvar=True, help="Required from every client.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What clients call the model. Default: the folder's name.")] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="A name under which this machine is reached; may be given several times.")
+    ] = None,
+    max_requests: Annotated[int, typer.Option(min=1, help="Requests held at once; more must come back.")] = 32,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds for answers to finish after a stop signal.")] = 20,
+) -> int:
+    """Serve a model over HTTP: OpenAI-compatible chat and completions with streaming, and a chat page.
+
+    Open the printed address in a browser to talk to it. Only this machine can reach it unless --host says otherwise.
+
+    Example: [bold]octavo serve runs/quickstart --port 8000[/bold]
+    """
+    if not model.exists():
+        raise ConfigError(f"{model} does not exist", fix="give a run or a model folder")
+    if api_key is not None and not api_key.strip():
+        raise ConfigError("the API key is empty", fix="give one with --api-key, or unset OCTAVO_API_KEY")
+    from octavo.serve.listen import announce, bind, listen
+    from octavo.serve.settings import ServeConfig
+
+    config = ServeConfig(
+        host=host,
+        port=port,
+        api_key=api_key,
+        allow_hosts=tuple(allow_host or ()),
+        max_requests=max_requests,
+        grace_seconds=grace,
+    )
+    with bind(config) as sock:
+        import octavo
+        from octavo.serve.app import create_app
+
+        lm: Any = octavo.load(model)
+        served = name or model.resolve().name
+        application = create_app(lm.model.eval(), lm.tokenizer, served, config)
+        announce(served, sock, config)
+        return listen(application, sock, config)
