@@ -28,25 +28,28 @@ from octavo.files import make_folder, write_atomic, write_json
 
 STAGES = ("data", "tokenizer", "pretrain", "tune", "eval", "report")
 
+# Training settings that only decide how the work is watched and kept.
+FREE_TRAIN_KEYS = (
+    "log_every",
+    "valid_every",
+    "valid_batches",
+    "sample_every",
+    "sample_prompts",
+    "sample_tokens",
+    "save_every",
+    "keep_checkpoints",
+    "tensorboard",
+)
+
 # Keys whose difference is only noted: they change neither the model nor the order of its data.
 FREE_KEYS = (
     "name",
-    "run.*",
+    "eval",
     "eval.*",
-    "report.*",
     *(
         f"{section}.{key}"
         for section in ("train", "tune")
-        for key in (
-            "max_time",
-            "log_every*",
-            "valid_every*",
-            "sample_every*",
-            "save_every*",
-            "keep_checkpoints",
-            "learning_rate",
-            "weight_decay",
-        )
+        for key in (*FREE_TRAIN_KEYS, "sample_prompts.*", "optimizer.lr", "optimizer.weight_decay")
     ),
 )
 

@@ -11,7 +11,8 @@ from octavo.errors import ConfigError
 
 if TYPE_CHECKING:
     from octavo.eval.answers import Question
-    from octavo.eval.runner import Documents
+    from octavo.data.shards import Shards
+    from octavo.eval.runner import Encoded
 
 app = typer.Typer(rich_markup_mode="rich")
 
@@ -40,8 +41,10 @@ def evaluate(
     """
     import octavo
     from octavo.eval import answers, runner
+    from octavo.run import find_model
     from octavo.train.progress import Console
 
+    find_model(model)
     shards = model / "data"
     held_out = data or (shards / "valid" if (shards / "valid").is_dir() else None)
     counted = train or (shards / "train" if (shards / "train").is_dir() else None)
@@ -51,12 +54,14 @@ def evaluate(
     asked = read_questions(questions) if questions else []
     lm = octavo.load(model)
     console = Console()
+    documents = open_documents(held_out, lm.tokenizer)
     result = runner.evaluate(
         logits_fn=lm.logits,
         max_seq_len=lm.max_seq_len,
         vocab_size=lm.vocab_size,
         tokenizer=lm.tokenizer,
-        held_out=open_documents(held_out, lm.tokenizer),
+        held_out=documents,
+        n_bytes=documents.n_bytes,
         trained_on=None if counted is None else open_documents(counted, lm.tokenizer),
         config=config,
         questions=asked,
@@ -67,14 +72,19 @@ def evaluate(
     console.summary(runner.summary(result))
 
 
-def open_documents(path: Path, tokenizer: Any) -> Documents:
+def open_documents(path: Path, tokenizer: Any) -> Shards | Encoded:
     """Shards as they are; anything else is read as text and encoded."""
     from octavo.eval.runner import Encoded
 
     if (path / "manifest.json").is_file():
         from octavo.data.shards import Shards
 
-        return Shards.open(path)
+        shards = Shards.open(path)
+        if shards.vocab_hash != tokenizer.hash:
+            raise ConfigError(
+                f"{path} was encoded with another tokenizer than the model's", fix="give the text itself with --data"
+            )
+        return shards
     from octavo.data import sources
 
     return Encoded((document.text for document in sources.read([str(path)])), tokenizer)

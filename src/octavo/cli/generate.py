@@ -44,7 +44,7 @@ def generate(
 ) -> None:
     """Continue a text with a model; the text appears as it is made.
 
-    Example: [bold]octavo generate runs/quickstart "The json module"[/bold]   ·   [bold]octavo generate MODEL < a.txt[/bold]
+    Example: [bold]octavo generate runs/quickstart "The json module"[/bold]   ·   [bold]… MODEL < start.txt[/bold]
     """
     config = sampling(
         max_new_tokens=max_new_tokens,
@@ -64,7 +64,7 @@ def generate(
     from octavo.infer import generate as decode
 
     lm: Any = octavo.load(model)
-    ids = decode.encode_prompt(lm.tokenizer, text)
+    ids = lm.prompt_ids(text)
     if n == 1:
         sys.stdout.write(text)
         for piece in decode.stream(lm.model, lm.tokenizer, ids, config):

@@ -54,7 +54,7 @@ class Held:
     resume_command: str = "the same command"
     valid: list[Batch] = field(default_factory=list)
     valid_nats_per_bit_byte: float | None = None
-    sample: Callable[[int], None] | None = None
+    sample: Callable[[], list[dict[str, str]]] | None = None
     train_flops_per_token: int = 0
     tensorboard: Any = None
 
@@ -149,7 +149,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------- the loop
 
     def fit(self) -> dict[str, float]:
-        """Train to the last step, from the newest checkpoint if there is one.
+        """Train to the last step, from the newest checkpoint if there is one; the model ends in fp32.
 
         Raises:
             StopRequested: a signal or the time limit; everything is saved.
@@ -164,6 +164,7 @@ class Trainer:
         for notice in metrics.notices:
             console.warn(notice)
         figures: dict[str, float] = {}
+        prefetch = getattr(self.source, "prefetch", None)
         self.model.train()
         with metrics, console.bar(config.steps, "step", done=self.step) as bar:
             mark, marked = time.perf_counter(), self.tokens_seen
@@ -172,6 +173,8 @@ class Trainer:
                     self._stop(metrics)
                 figures = self._guarded_step()
                 n = self.step
+                if prefetch is not None and n < config.steps:
+                    prefetch(n)
                 seconds = time.perf_counter() - mark
                 rate = (self.tokens_seen - marked) / max(seconds, 1e-9)
                 shown = {**figures, "tokens_per_second": rate}
@@ -188,14 +191,13 @@ class Trainer:
                     self._log(metrics, {"kind": "valid", "step": n, "tokens_seen": self.tokens_seen, **valid})
                     figures |= {f"valid_{k}": v for k, v in valid.items()}
                 if held.sample is not None and (n % config.sample_every == 0 or n == config.steps):
-                    self.model.eval()
-                    held.sample(n)
-                    self.model.train()
+                    self._sample(metrics, held.sample)
                 if n % config.save_every == 0 or n == config.steps:
                     self._save(metrics)
                 if n % config.log_every:
                     continue
                 mark, marked = time.perf_counter(), self.tokens_seen  # looking in is not training time
+        self.optimizer.release()
         self.model.eval()
         return figures
 
@@ -228,6 +230,13 @@ class Trainer:
         loss = total / max(weight, 1.0)
         scale = self.held.valid_nats_per_bit_byte
         return {"loss": loss} | ({"bits_per_byte": loss * scale} if scale else {})
+
+    def _sample(self, metrics: MetricsFile, sample: Callable[[], list[dict[str, str]]]) -> None:
+        self.model.eval()
+        for record in sample():
+            self.held.console.sample(record["text"], prompt=record["prompt"], step=self.step)
+            self._log(metrics, {"kind": "sample", "step": self.step, **record})
+        self.model.train()
 
     def _log(self, metrics: MetricsFile, record: dict[str, Any]) -> None:
         metrics.write(record)

@@ -13,6 +13,8 @@ from typing import Literal
 
 import torch
 
+from octavo.train.settings import TrainConfig
+
 Precision = Literal["fp32", "bf16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -94,3 +96,19 @@ def matmul_peak(dtype: torch.dtype, seconds: float = 0.3) -> float:
             a @ b
             best = max(best, 2 * 1024**3 / (time.perf_counter() - start))
     return best
+
+
+def resolve(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
+    """Every ``auto`` choice made for this machine, and one line of notice for each that costs speed."""
+    changes: dict[str, object] = {}
+    notices = []
+    if config.threads is None:
+        changes["threads"] = cores()
+    if config.precision == "auto":
+        changes["precision"] = best_precision(config.device)
+    if config.compile == "auto":
+        reason = compile_works()
+        changes["compile"] = "off" if reason else "step"
+        if reason:
+            notices.append(f"training runs uncompiled, about half as fast: {reason}")
+    return config.model_copy(update=changes), notices

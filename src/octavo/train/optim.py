@@ -44,7 +44,8 @@ class _Group:
     def __init__(self, named: list[tuple[str, nn.Parameter]], dtype: torch.dtype, decay: float, scale: float):
         self.decay, self.scale = decay, scale
         self.names = [name for name, _ in named]
-        self.shapes = [tuple(p.shape) for _, p in named]
+        self.parameters = [p for _, p in named]
+        self.shapes = [tuple(p.shape) for p in self.parameters]
         device = named[0][1].device
         self.master = torch.cat([p.detach().float().flatten() for _, p in named])
         # In fp32 the weights are the masters; in 16 bits they are their rounded copy.
@@ -119,6 +120,13 @@ class Optimizer(ABC):
             kinds = [("model", group.master), *((f"optimizer/{moment}", flat) for moment, flat in state.items())]
             for kind, flat in kinds:
                 yield from ((f"{kind}/{n}", view) for n, view in zip(group.names, group.views(flat), strict=True))
+
+    def release(self) -> None:
+        """Give the model its fp32 master weights back, in memory of their own."""
+        for group in self.groups:
+            for parameter, view in zip(group.parameters, group.views(group.master), strict=True):
+                parameter.grad = None
+                parameter.data = view.clone()
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor], updates: int) -> None:

@@ -44,19 +44,10 @@ class TrainConfig(Config):
     sample_tokens: int = Field(48, ge=1)
     save_every: int = Field(200, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
-    max_time: str | None = Field(None, description="save and exit 75 after this long: 90s, 50m, 2h")
     tensorboard: bool = False
 
     @model_validator(mode="after")
     def _possible(self) -> TrainConfig:
         if self.schedule.warmup >= self.steps:
             raise ValueError(f"schedule.warmup = {self.schedule.warmup} must be below steps = {self.steps}")
-        if self.max_time is not None:
-            from octavo.errors import ConfigError
-            from octavo.stop import parse_duration
-
-            try:
-                parse_duration(self.max_time)
-            except ConfigError as error:
-                raise ValueError(error.what) from None
         return self

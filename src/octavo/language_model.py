@@ -1,0 +1,136 @@
+"""A model with its tokenizer: what ``octavo.load`` gives, for runs and model folders alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from octavo.errors import CheckpointError, ConfigError
+from octavo.files import write_json
+from octavo.hub.folder import load_model, read_config, save_model
+from octavo.infer.generate import Completion, generate, pieces
+from octavo.infer.sampling import SamplingConfig
+from octavo.nn.contracts import Inputs
+from octavo.run import find_model
+from octavo.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from octavo.models.decoder import Decoder
+
+Prompt = str | Sequence[Mapping[str, Any]]
+
+
+class LanguageModel:
+    """A decoder and the tokenizer that it was trained with.
+
+    A prompt is a text, which is continued, or a list of messages ``{role, content}``, which is answered.
+    """
+
+    def __init__(self, model: Decoder, tokenizer: Tokenizer):
+        if tokenizer.vocab_size > model.vocab_size:
+            raise CheckpointError(
+                f"the tokenizer has {tokenizer.vocab_size} ids, the embedding {model.vocab_size} rows",
+                fix="use the tokenizer that belongs to the model",
+            )
+        self.model, self.tokenizer = model, tokenizer
+
+    @property
+    def max_seq_len(self) -> int:
+        """The longest context in tokens."""
+        return self.model.max_seq_len
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """The tokens of a prompt: [bos] and the text, or the rendered conversation up to the answer."""
+        if isinstance(prompt, str):
+            bos = self.tokenizer.special.bos
+            return ([] if bos is None else [bos]) + self.tokenizer.encode(prompt)
+        return self.tokenizer.render(list(prompt), add_generation_prompt=True).ids
+
+    def complete(self, prompt: Prompt, config: SamplingConfig | None = None, **settings: Any) -> Completion:
+        """Continue a text or answer messages; ``settings`` are those of ``SamplingConfig``."""
+        return generate(self.model, self.tokenizer, [self.prompt_ids(prompt)], _sampling(config, settings))[0]
+
+    def generate(self, prompt: Prompt, config: SamplingConfig | None = None, **settings: Any) -> str:
+        """The text of ``complete``: ``lm.generate("Once", max_new_tokens=50, temperature=0.8, seed=1)``."""
+        return self.complete(prompt, config, **settings).text
+
+    def stream(self, prompt: Prompt, config: SamplingConfig | None = None, **settings: Any) -> Iterator[str]:
+        """The same text piece by piece, whole characters only."""
+        for piece in pieces(self.model, self.tokenizer, [self.prompt_ids(prompt)], _sampling(config, settings)):
+            if piece.text:
+                yield piece.text
+
+    @torch.no_grad()
+    def logits(self, tokens: Sequence[int] | Tensor) -> Tensor:
+        """Next-token logits for tokens (T,) or (B, T): (T, V) or (B, T, V)."""
+        ids = torch.as_tensor(tokens, dtype=torch.long)
+        logits = self.model(Inputs(ids.view(-1, ids.shape[-1]))).logits
+        return logits[0] if ids.ndim == 1 else logits
+
+    @torch.no_grad()
+    def hidden_states(self, tokens: Sequence[int] | Tensor) -> tuple[Tensor, ...]:
+        """The embedding output, layers 1 to n-1, and the normed last: n+1 tensors (T, D) or (B, T, D)."""
+        ids = torch.as_tensor(tokens, dtype=torch.long)
+        states = self.model(Inputs(ids.view(-1, ids.shape[-1])), needs=("hidden_states",)).hidden_states
+        return tuple(state[0] for state in states) if ids.ndim == 1 else states
+
+    def score(self, text: str) -> dict[str, float]:
+        """How well the model predicts ``text``: bits_per_byte, perplexity_per_token, token_accuracy and counts."""
+        from octavo.eval import metrics
+        from octavo.eval.runner import Encoded
+
+        if not text:
+            raise ConfigError("there is nothing to score in an empty text", fix="give some text")
+        eos = self.tokenizer.special.eos
+        scorer = metrics.neural_scorer(self.logits, self.max_seq_len, None, vocab_size=self.model.vocab_size)
+        lengths = metrics.token_byte_lengths(self.tokenizer)
+        document = Encoded([text], self.tokenizer).document(0)
+        return metrics.score_documents(scorer, [document], lengths, -1 if eos is None else eos).figures()
+
+    def save(self, folder: str | Path, *, family: str = "auto") -> str:
+        """Write a Hugging Face folder: weights, config, tokenizer, chat template, generation settings.
+
+        Returns:
+            The checkpoint family written; ``octavo`` where no other can say this model.
+        """
+        special = self.tokenizer.special
+        ends = [i for i in dict.fromkeys((special.eos, special.turn_end)) if i is not None]
+        ids = {"bos_token_id": special.bos, "pad_token_id": special.pad}
+        ids = {name: i for name, i in ids.items() if i is not None}
+        single = {"eos_token_id": ends[0]} if ends else {}
+        name = save_model(self.model, folder, family=family, extra=ids | single)
+        self.tokenizer.save(folder)
+        write_json(Path(folder) / "generation_config.json", ids | ({"eos_token_id": ends} if ends else {}))
+        return name
+
+
+def load(path: str | Path, dtype: torch.dtype | str = "auto") -> LanguageModel:
+    """A model from a run or a model folder (GPT-2, Llama, Qwen2, Qwen3, or this project's own layout).
+
+    Args:
+        path: a run (its final model is taken, else the pretrained one) or a model folder.
+        dtype: ``auto`` keeps what was saved where this machine computes it fast, else fp32.
+
+    Raises:
+        ConfigError: no model there. CheckpointError: a model that cannot be read exactly.
+    """
+    from octavo.train.machine import best_precision
+
+    folder = find_model(path)
+    if dtype == "auto":
+        saved = read_config(folder).get("dtype") or read_config(folder).get("torch_dtype")
+        keep = saved == "bfloat16" and best_precision() == "bf16"
+        dtype = torch.bfloat16 if keep else torch.float32
+    elif isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    return LanguageModel(load_model(folder, dtype), Tokenizer.load(folder))
+
+
+def _sampling(config: SamplingConfig | None, settings: dict[str, Any]) -> SamplingConfig:
+    if config is not None and settings:
+        return config.model_copy(update=settings)
+    return config or SamplingConfig(**settings)

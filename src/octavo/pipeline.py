@@ -1,0 +1,435 @@
+"""A recipe made real, stage by stage: data, tokenizer, pretrain, tune, eval, report.
+
+Each stage leaves its result in the run folder and an entry in stages.json with a fingerprint of everything
+it was made from. Run again, finished stages are kept and an interrupted one goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from octavo.batch import Batch
+from octavo.config import ChatData, Pretrained, Recipe, TuneConfig, apply_overrides
+from octavo.data import chat, facts, prepare
+from octavo.data.loader import Loader, pretraining_loader, sweep
+from octavo.data.pack import Packed, StreamRows, WholeRows
+from octavo.data.shards import Shards, write_shards
+from octavo.errors import ConfigError, ConfigErrors, StopRequested
+from octavo.eval.answers import Question, greedy
+from octavo.eval.runner import evaluate, summary
+from octavo.files import make_folder, write_json
+from octavo.language_model import LanguageModel, load
+from octavo.models.cost import cost
+from octavo.models.decoder import Decoder, build
+from octavo.objectives.likelihood import OBJECTIVES
+from octavo.report.page import build as build_report
+from octavo.run import FREE_TRAIN_KEYS, RunFolder, find_model, fingerprint
+from octavo.stop import StopSignal
+from octavo.tokenizer import Tokenizer
+from octavo.tokenizer import train as train_tokenizer
+from octavo.train.loop import Held, Trainer
+from octavo.train.machine import resolve, set_threads, tune_allocator
+from octavo.train.progress import Console
+from octavo.train.settings import TrainConfig
+
+VALID_ROWS = 32
+
+
+@dataclass
+class Pipeline:
+    """One run of a recipe in a folder."""
+
+    recipe: Recipe
+    folder: RunFolder
+    console: Console
+    stop: StopSignal
+    workers: int | None = None
+
+    # ------------------------------------------------------------------------------------------ stages
+
+    def run(self) -> dict[str, str]:
+        """Go through all stages; returns the closing figures.
+
+        Raises:
+            StopRequested: on a signal or time limit, with everything saved.
+        """
+        recipe, stages = self.recipe, self._stages()
+        self.prints: dict[str, str] = {}
+        previous = fingerprint(recipe.seed)
+        for i, (name, stage, settings) in enumerate(stages, 1):
+            if self.stop.requested:
+                raise StopRequested(f"{self.stop.reason}, before stage {name}", fix=f"go on with {self.resume_command}")
+            previous = fingerprint(previous, name, settings)
+            self.prints[name] = previous
+            if self.folder.is_finished(name, previous):
+                self.console.kept(name, i, len(stages))
+                continue
+            with self.console.stage(name, i, len(stages)):
+                began = self.console.clock()
+                result = stage()
+                self.folder.finish(name, previous, seconds=round(self.console.clock() - began, 3), **(result or {}))
+        scores = self.folder.path / "scores.json"
+        return summary(json.loads(scores.read_text(encoding="utf-8"))) if scores.is_file() and recipe.eval else {}
+
+    def _stages(self) -> list[tuple[str, Callable[[], dict[str, Any] | None], Any]]:
+        """Name, work and what decides its result, in order."""
+        r = self.recipe
+        found: list[tuple[str, Callable[[], dict[str, Any] | None], Any]] = []
+        if r.data is not None:
+            found.append(("data", self.data, r.data.fingerprint()))
+        found.append(("tokenizer", self.tokenizer, r.tokenizer.model_dump(mode="json")))
+        if r.train is not None:
+            found.append(("pretrain", self.pretrain, [r.model.model_dump(mode="json"), _deciding(r.train)]))
+        if r.tune is not None:
+            found.append(("tune", self.tune, [r.model.model_dump(mode="json"), _deciding(r.tune)]))
+        if r.eval is not None:
+            found.append(("eval", self.evaluate, r.eval.model_dump(mode="json")))
+        found.append(("report", self.report, None))
+        return found
+
+    @property
+    def resume_command(self) -> str:
+        return f"octavo resume {self.folder.path}"
+
+    def data(self) -> dict[str, Any]:
+        """Read, clean and split the documents."""
+        config = self.recipe.data
+        if config is None:
+            return {}
+        with self._bytes_bar() as progress:
+            report = prepare.clean_documents(
+                config, self.folder.path / "data", workers=self.workers, progress=progress
+            )
+        for line in str(report).splitlines()[:12]:
+            self.console.note(line)
+        return {"documents": report.kept_documents, "bytes": report.kept_bytes}
+
+    def tokenizer(self) -> dict[str, Any]:
+        """Train or load the tokenizer, then turn the documents into shards."""
+        target = self.folder.path / "tokenizer"
+        recipe, data = self.recipe, self.folder.path / "data"
+        if isinstance(recipe.model, Pretrained.Config):
+            tokenizer = Tokenizer.load(find_model(recipe.model.path))
+        else:
+            texts: Iterator[str] = prepare.iter_texts(data, "train") if recipe.data is not None else iter(())
+            tokenizer = train_tokenizer(recipe.tokenizer, self._stoppable(texts))
+        tokenizer.save(target)
+        self.console.note(f"{recipe.tokenizer.kind}, {tokenizer.vocab_size:,} entries")
+        if recipe.data is None:
+            return {"vocab_size": tokenizer.vocab_size}
+        tokens = {}
+        for split in ("train", "valid") if self._has_valid() else ("train",):
+            with self._bytes_bar() as progress:
+                shards = write_shards(data, split, target, workers=self.workers, progress=progress)
+            tokens[f"{split}_tokens"] = shards.n_tokens
+            self.console.note(
+                f"{split}: {shards.n_documents:,} documents, {shards.n_tokens:,} tokens, "
+                f"{shards.n_bytes / max(1, shards.n_tokens - 2 * shards.n_documents):.2f} bytes a token"
+            )
+        return {"vocab_size": tokenizer.vocab_size, **tokens}
+
+    def pretrain(self) -> dict[str, Any]:
+        """Train on the shards; the result is base/ (or model/ when nothing follows)."""
+        recipe, config = self.recipe, self.recipe.train
+        if config is None:
+            return {}
+        tokenizer = self._tokenizer()
+        model = self._start(tokenizer)
+        data = self.folder.path / "data"
+        shards = Shards.open(data / "train")
+        seq_len = config.seq_len or model.max_seq_len
+        weights = [source.weight for source in recipe.data.sources] if recipe.data else None
+        source = pretraining_loader(shards, seq_len, _rows(config, seq_len), seed=recipe.seed, weights=weights)
+        epochs = config.steps / source.steps_per_epoch
+        self.console.note(
+            f"{cost(model).parameters:,} parameters; {config.steps:,} steps of {source.rows * seq_len:,} tokens, "
+            f"{epochs:.2f} passes over {shards.n_tokens:,} tokens; {config.precision}, "
+            f"{'compiled' if config.compile == 'step' else 'not compiled'}, {config.threads} threads"
+        )
+        valid, scale = None, None
+        if self._has_valid():
+            held_out = Shards.open(data / "valid")
+            valid = StreamRows(held_out, seq_len, shuffle=False)
+            scale = (held_out.n_tokens - held_out.n_documents) / max(1, held_out.n_bytes) / math.log(2)
+        figures = self._fit("pretrain", model, source, config, valid, scale, tokenizer)
+        LanguageModel(model, tokenizer).save(self.folder.base_path if recipe.tune else self.folder.model_path)
+        return {"epochs": round(epochs, 4), "tokens": config.steps * source.rows * seq_len, **_finite(figures)}
+
+    def tune(self) -> dict[str, Any]:
+        """Instruction tuning: conversations through the one renderer, loss on the assistant's words."""
+        recipe, config = self.recipe, self.recipe.tune
+        if config is None:
+            return {}
+        tokenizer = self._tokenizer()
+        model = load(self.folder.base_path).model if recipe.train else self._start(tokenizer)
+        seq_len = config.seq_len or model.max_seq_len
+        conversations, held_out = self._conversations(config)
+        report = chat.ChatReport()
+        samples = chat.tokenise(conversations, tokenizer, seq_len + 1, report)
+        pad = tokenizer.special.pad if tokenizer.special.pad is not None else 0
+        packed = WholeRows([(s.ids, s.loss_mask) for s in samples], seq_len, pad=pad)
+        source = Loader(packed, _rows(config, seq_len), seed=recipe.seed)
+        self.console.note(
+            f"{len(samples):,} conversations, {report.trained_tokens:,} trained tokens; {config.steps:,} steps, "
+            f"{config.steps / source.steps_per_epoch:.2f} passes"
+        )
+        valid = None
+        if held_out:
+            kept = chat.tokenise(held_out, tokenizer, seq_len + 1)
+            valid = WholeRows([(s.ids, s.loss_mask) for s in kept], seq_len, pad=pad)
+        figures = self._fit("tune", model, source, config, valid, None, tokenizer)
+        LanguageModel(model, tokenizer).save(self.folder.model_path)
+        return {"conversations": len(samples), "trained_tokens": report.trained_tokens, **_finite(figures)}
+
+    def evaluate(self) -> dict[str, Any]:
+        """Bits per byte next to the n-gram baseline, and answers to held-out questions."""
+        recipe, config = self.recipe, self.recipe.eval
+        if config is None:
+            return {}
+        final = load(self.folder.path)
+        base = load(self.folder.base_path) if recipe.tune and recipe.train else final
+        data = self.folder.path / "data"
+        questions = self._questions()
+        facts_ = {"parameters": cost(final.model).parameters, "run": recipe.name}
+        if recipe.data is not None and self._has_valid():
+            held_out = Shards.open(data / "valid")
+            result = evaluate(
+                logits_fn=base.logits,
+                max_seq_len=base.max_seq_len,
+                tokenizer=base.tokenizer,
+                held_out=held_out,
+                trained_on=Shards.open(data / "train") if recipe.train else None,
+                config=config,
+                questions=questions,
+                generate_fn=greedy(final.model, final.tokenizer),
+                vocab_size=base.model.vocab_size,
+                n_bytes=held_out.n_bytes,
+                about=facts_,
+                out=self.folder.path / "scores.json",
+                on_progress=self.console.note,
+            )
+            for name, line in summary(result).items():
+                self.console.note(f"{name}: {line}")
+        return {}
+
+    def report(self) -> dict[str, Any]:
+        """The page."""
+        page = build_report(self.folder.path)
+        self.console.note(str(page))
+        return {}
+
+    # ----------------------------------------------------------------------------------------- parts
+
+    def _fit(
+        self, stage: str, model: Decoder, source: Loader, config: TrainConfig, valid: Packed | None,
+        scale: float | None, tokenizer: Tokenizer,
+    ) -> dict[str, float]:  # fmt: skip
+        batches = []
+        if valid is not None:
+            for arrays, _ in zip(sweep(valid, VALID_ROWS), range(config.valid_batches), strict=False):
+                batches.append(Batch.from_numpy(arrays, config.device))
+        lm = LanguageModel(model, tokenizer)
+        questions = [[{"role": "user", "content": prompt}] for prompt in config.sample_prompts]
+        prompts = questions if isinstance(config, TuneConfig) else list(config.sample_prompts)
+
+        def sample() -> list[dict[str, str]]:
+            return [
+                {"prompt": text, "text": lm.generate(prompt, max_new_tokens=config.sample_tokens, temperature=0.0)}
+                for text, prompt in zip(config.sample_prompts, prompts, strict=True)
+            ]
+
+        folder = self.folder.path / stage
+        make_folder(folder)
+        seq_len = config.seq_len or model.max_seq_len
+        held = Held(
+            folder=folder,
+            run_id=self.folder.id,
+            console=self.console,
+            stop=self.stop,
+            resume_command=self.resume_command,
+            valid=batches,
+            valid_nats_per_bit_byte=scale,
+            sample=sample if config.sample_prompts else None,
+            train_flops_per_token=cost(model, seq_len).train_flops // seq_len,
+            tensorboard=_tensorboard(folder) if config.tensorboard else None,
+        )
+        objective = OBJECTIVES[config.objective.kind](config.objective)
+        return Trainer(model, source, objective, config, held, self.recipe.seed).fit()
+
+    def _start(self, tokenizer: Tokenizer) -> Decoder:
+        """The model before training: fresh, or the pretrained one a recipe names."""
+        config = self.recipe.model
+        if isinstance(config, Pretrained.Config):
+            return load(config.path).model
+        if config.vocab_size is None:
+            config = config.model_copy(update={"vocab_size": tokenizer.vocab_size})
+        if config.vocab_size < tokenizer.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {tokenizer.vocab_size} ids, model.vocab_size is {config.vocab_size}",
+                fix="leave model.vocab_size out",
+            )
+        return build(config, seed=self.recipe.seed)
+
+    def _tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.folder.path / "tokenizer")
+
+    def _has_valid(self) -> bool:
+        report = prepare.read_json(self.folder.path / "data" / "report.json") or {}
+        return bool(report.get("splits", {}).get("valid", {}).get("documents"))
+
+    def _facts(self, config: TuneConfig) -> facts.Facts | None:
+        return None if isinstance(config.data, ChatData) else facts.build(self.recipe.seed, config.data.facts)
+
+    def _conversations(self, config: TuneConfig) -> tuple[list[chat.Conversation], list[chat.Conversation]]:
+        """What is trained on, and what is kept for validation."""
+        if (built := self._facts(config)) is not None:
+            built.write(self.folder.path / "tune" / "data")
+            asked = [
+                chat.Conversation([*q.messages, {"role": "assistant", "content": q.answer}]) for q in built.held_out
+            ]
+            return built.train, asked
+        if not isinstance(config.data, ChatData):
+            raise ConfigErrors([ConfigError("tune.data is not a chat source")])
+        rows = chat.read(config.data)
+        # Spread over the file, so that a file sorted by topic is not split by topic.
+        every = round(1 / config.held_out) if config.held_out else 0
+        held = [row for i, row in enumerate(rows) if every and i % every == every - 1]
+        return [row for i, row in enumerate(rows) if not (every and i % every == every - 1)], held
+
+    def _questions(self) -> Sequence[Question]:
+        path = self.folder.path / "tune" / "data" / "held_out.jsonl"
+        if self.recipe.tune is None or not path.is_file():
+            return ()
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [Question.read(row, str(path)) for row in rows]
+
+    def _stoppable(self, texts: Iterator[str]) -> Iterator[str]:
+        for text in texts:
+            if self.stop.requested:
+                raise StopRequested(f"{self.stop.reason}, while reading text", fix=f"go on with {self.resume_command}")
+            yield text
+
+    @contextmanager
+    def _bytes_bar(self) -> Iterator[Callable[[str, int, int], None]]:
+        """A progress line for work counted in bytes; asked to stop, it stops between two pieces."""
+        done = 0
+        bar = None
+
+        def progress(what: str, now: int, total: int) -> None:
+            nonlocal done, bar
+            if bar is None:
+                bar = self.console.bar(total or None, "byte", what)
+            bar.update(now - done)
+            done = now
+            if self.stop.requested:
+                raise StopRequested(f"{self.stop.reason}, while preparing", fix=f"go on with {self.resume_command}")
+
+        try:
+            yield progress
+        finally:
+            if bar is not None:
+                bar.close()
+
+
+
+
+def _rows(config: TrainConfig, seq_len: int) -> int | None:
+    """Rows of an optimizer step; None means all."""
+    return {"per_sample": 1, "full_batch": None}.get(config.update, max(1, config.step_tokens // seq_len))
+
+
+def _deciding(config: TrainConfig) -> dict[str, Any]:
+    """The settings that decide the weights: what is only looked at in between is left out."""
+    plain = config.model_dump(mode="json")
+    return {key: value for key, value in plain.items() if key not in FREE_TRAIN_KEYS}
+
+
+def _finite(figures: Mapping[str, float]) -> dict[str, float]:
+    return {key: round(value, 6) for key, value in figures.items() if math.isfinite(value)}
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError("tensorboard = true needs the package tensorboard", fix="pip install 'octavo[track]'") from None
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
+def freeze(recipe: Recipe, existing: Mapping[str, Any] | None) -> tuple[Recipe, list[str]]:
+    """Every ``auto`` of the training sections decided: as the run decided before, else for this machine."""
+    notices: list[str] = []
+    changes: dict[str, Any] = {}
+    for name in ("train", "tune"):
+        section = getattr(recipe, name)
+        if section is None:
+            continue
+        before = (existing or {}).get(name) or {}
+        known = {
+            key: before[key]
+            for key, auto in (("precision", "auto"), ("compile", "auto"), ("threads", None))
+            if getattr(section, key) == auto and before.get(key) not in (None, auto)
+        }
+        section, new = resolve(section.model_copy(update=known))
+        notices += [line for line in new if line not in notices]
+        changes[name] = section
+    return recipe.model_copy(update=changes), notices
+
+
+def run(
+    recipe: Recipe | str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    out: str | Path | None = None,
+    max_time: str | None = None,
+    allow: Sequence[str] = (),
+    console: Console | None = None,
+    workers: int | None = None,
+) -> RunFolder:
+    """Run a recipe from raw text to a model, or go on with it.
+
+    Args:
+        recipe: a ``Recipe``, a shipped recipe's name, or a path.
+        overrides: ``section.key=value`` texts.
+        out: the run folder; default ``runs/NAME``.
+        max_time: save and stop (StopRequested) after this long, such as ``50m``.
+        allow: keys that may differ from what the folder was begun with.
+        console: where progress is shown.
+        workers: processes for data preparation; default: the cores.
+
+    Returns:
+        The run folder; ``octavo.load`` opens its model.
+
+    Raises:
+        OctavoError: the kinds in ``octavo.errors``, each with its place and fix.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.load(recipe, overrides)
+    elif overrides:
+        recipe = Recipe.parse(apply_overrides(recipe.plain(), overrides))
+    folder = RunFolder(out if out is not None else Path("runs") / recipe.name)
+    console = console or Console(record=None)
+    with StopSignal(max_time, notify=console.warn) as stop, folder.lock():
+        try:
+            tune_allocator()
+            recipe, notices = freeze(recipe, folder.read_recipe())
+            for line in folder.write_recipe(recipe.plain(), allow=allow):
+                console.note(line)
+            threads = next((s.threads for s in (recipe.train, recipe.tune) if s and s.threads), None)
+            if threads:
+                set_threads(threads)
+            for line in [*notices, *folder.write_environment(threads=threads)]:
+                console.warn(line)
+            figures = Pipeline(recipe, folder, console, stop, workers).run()
+            console.summary(figures)
+        except BaseException as error:
+            folder.log_error(error)
+            raise
+    return folder
+
