@@ -10,8 +10,8 @@ import typer
 from octavo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from octavo.eval.answers import Question
     from octavo.data.shards import Shards
+    from octavo.eval.answers import Question
     from octavo.eval.runner import Encoded
 
 app = typer.Typer(rich_markup_mode="rich")
@@ -39,8 +39,8 @@ def evaluate(
 
     Example: [bold]octavo eval runs/quickstart[/bold]   ·   [bold]octavo eval my-model --data book.txt[/bold]
     """
-    import octavo
     from octavo.eval import answers, runner
+    from octavo.language_model import load
     from octavo.run import find_model
     from octavo.train.progress import Console
 
@@ -52,13 +52,13 @@ def evaluate(
         raise ConfigError(f"{model} holds no text back", fix="give some with --data PATH")
     config = runner.EvalConfig(max_bytes=max_bytes, stride=stride)
     asked = read_questions(questions) if questions else []
-    lm = octavo.load(model)
+    lm = load(model)
     console = Console()
     documents = open_documents(held_out, lm.tokenizer)
     result = runner.evaluate(
         logits_fn=lm.logits,
         max_seq_len=lm.max_seq_len,
-        vocab_size=lm.vocab_size,
+        vocab_size=lm.model.vocab_size,
         tokenizer=lm.tokenizer,
         held_out=documents,
         n_bytes=documents.n_bytes,

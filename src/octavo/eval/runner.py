@@ -52,10 +52,9 @@ class EvalConfig(Config):
 class Documents(Protocol):
     """What is scored or counted: ``Shards``, or ``Encoded`` for text that was never written to shards."""
 
-    @property
-    def n_documents(self) -> int: ...
+    n_documents: int
 
-    def document(self, index: int) -> np.ndarray: ...
+    def document(self, index: int, /) -> np.ndarray: ...
 
 
 class Encoded:
@@ -64,11 +63,10 @@ class Encoded:
     def __init__(self, texts: Iterable[str], tokenizer: Tokenizer):
         special = tokenizer.special
         before, after = ([] if id is None else [id] for id in (special.bos, special.eos))
-        self._documents = [np.array([*before, *ids, *after], np.int32) for ids in tokenizer.encode_batch(list(texts))]
-
-    @property
-    def n_documents(self) -> int:
-        return len(self._documents)
+        texts = list(texts)
+        self._documents = [np.array([*before, *ids, *after], np.int32) for ids in tokenizer.encode_batch(texts)]
+        self.n_documents = len(texts)
+        self.n_bytes = sum(len(text.encode()) for text in texts)
 
     def document(self, index: int) -> np.ndarray:
         return self._documents[index]

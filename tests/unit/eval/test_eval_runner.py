@@ -30,10 +30,7 @@ class Letters:
 class Stored:
     def __init__(self, documents):
         self.documents, self.read = documents, set()
-
-    @property
-    def n_documents(self):
-        return len(self.documents)
+        self.n_documents = len(documents)
 
     def document(self, index):
         self.read.add(index)
