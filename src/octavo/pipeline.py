@@ -28,7 +28,6 @@ from octavo.language_model import LanguageModel, load
 from octavo.models.cost import cost
 from octavo.models.decoder import Decoder, build
 from octavo.objectives.likelihood import OBJECTIVES
-from octavo.report.page import build as build_report
 from octavo.run import FREE_TRAIN_KEYS, RunFolder, find_model, fingerprint
 from octavo.stop import StopSignal
 from octavo.tokenizer import Tokenizer
@@ -220,6 +219,8 @@ class Pipeline:
 
     def report(self) -> dict[str, Any]:
         """The page."""
+        from octavo.report.page import build as build_report  # matplotlib takes a second to import
+
         page = build_report(self.folder.path)
         self.console.note(str(page))
         return {}

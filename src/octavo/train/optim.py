@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from octavo.nn.projection import Embedding, Projection
 from octavo.schema import Config
@@ -155,7 +156,7 @@ class AdamW(Optimizer):
     @torch.no_grad()
     def update(self, master: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, decay: float) -> None:
         config = self.config
-        torch.optim.adamw.adamw(
+        adamw(
             [master], [grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [torch.tensor(float(self.updates - 1))],
             fused=True, amsgrad=False, maximize=False, lr=lr, weight_decay=decay,
             beta1=config.beta1, beta2=config.beta2, eps=config.eps,  # type: ignore[attr-defined]
