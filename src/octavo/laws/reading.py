@@ -1,0 +1,180 @@
+"""Laws of one pass over text: who may depend on whom, and that nothing is idle or random."""
+
+from __future__ import annotations
+
+import typing
+
+import torch
+from torch import Tensor
+
+from octavo.laws.result import require, require_close
+from octavo.laws.subject import Subject
+from octavo.models.decoder import Decoder, build
+from octavo.nn.contracts import Inputs
+from octavo.schema import Config
+
+
+def causal(subject: Subject) -> None:
+    """The gradient of an output with respect to every later token's embedding is exactly zero."""
+    model, T = subject.model, subject.n_tokens
+    leaves: list[Tensor] = []
+
+    def replace(module: object, args: object, output: Tensor) -> Tensor:
+        leaves.append(output.detach().requires_grad_())
+        return leaves[-1]
+
+    hook = model.embed.register_forward_hook(replace)
+    try:
+        logits = model(Inputs(subject.tokens(2))).logits
+    finally:
+        hook.remove()
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1), dtype=logits.dtype)
+    for t in (0, 1, T // 2, T - 2):
+        (gradient,) = torch.autograd.grad((logits * weights)[:, t].sum(), leaves[0], retain_graph=True)
+        later = gradient[:, t + 1 :].abs().amax((0, 2))
+        require(bool((later == 0).all()), f"the output at token {t} depends on token {t + 1 + int(later.argmax())}")
+        require(bool((gradient[:, t] != 0).any()), f"the output at token {t} does not depend on that token")
+
+
+def packed(subject: Subject) -> None:
+    """Documents that share a row give what each gives alone; padding between them changes nothing."""
+    T = subject.n_tokens
+    tokens = subject.tokens(2)
+    doc_ids = torch.stack([torch.arange(T) * 3 // T, 5 + (torch.arange(T) >= 2)])
+    starts = [[t for t in range(T) if t == 0 or row[t] != row[t - 1]] + [T] for row in doc_ids]
+    positions = torch.stack([torch.cat([torch.arange(b - a) for a, b in zip(s, s[1:])]) for s in starts])
+    together = subject.logits(tokens, doc_ids=doc_ids)
+    with_positions = subject.logits(tokens, doc_ids=doc_ids, positions=positions)
+    require_close(with_positions, together, "positions counted from each document's start")
+    valid = torch.ones(2, T + 2, dtype=torch.bool)
+    valid[:, [1, T + 1]] = False
+    padded_ids = torch.full((2, T + 2), -1)
+    padded_ids[valid] = doc_ids.flatten()
+    padded_tokens = subject.tokens(2, T + 2, seed=1)
+    padded_tokens[valid] = tokens.flatten()
+    with_padding = subject.logits(padded_tokens, doc_ids=padded_ids, valid=valid)[valid].view_as(together)
+    require_close(with_padding, together, "packed with padding between")
+    for row, cuts in enumerate(starts):
+        for a, b in zip(cuts, cuts[1:]):
+            alone = subject.logits(tokens[row : row + 1, a:b])
+            require_close(together[row : row + 1, a:b], alone, f"row {row}, document at {a}")
+
+
+def padding(subject: Subject) -> None:
+    """Rows padded left, right and in the middle equal the rows without padding; the padding's ids are random."""
+    T, rows = subject.n_tokens, 4
+    n = torch.tensor([T, T - 4, T - 4, T - 5])
+    order = torch.arange(T)
+    valid = torch.stack([order >= 0, order >= 4, order < n[2], (order < 2) | (order >= 7)])
+    tokens = subject.tokens(rows)
+    out = subject.logits(tokens, valid=valid)
+    for row in range(rows):
+        alone = subject.logits(tokens[row : row + 1, valid[row]])
+        name = ("none", "left", "right", "middle")[row]
+        require_close(out[row : row + 1, valid[row]], alone, f"padding: {name}")
+
+
+def rows(subject: Subject) -> None:
+    """Rows of a batch do not see each other, in any order."""
+    tokens = subject.tokens(4)
+    out = subject.logits(tokens)
+    for row in range(4):
+        require_close(subject.logits(tokens[row : row + 1]), out[row : row + 1], f"row {row} alone")
+    require_close(subject.logits(tokens.flip(0)), out.flip(0), "rows in reverse")
+
+
+def gradients(subject: Subject) -> None:
+    """Every parameter gets a finite gradient that is not all zero."""
+    model, tokens = subject.model, subject.tokens(3)
+    model.zero_grad()
+    outputs = model(Inputs(tokens[:, :-1]))
+    losses = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+    (losses + sum(value.sum() for value in outputs.aux.values())).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            require(parameter.grad is not None, f"{name} gets no gradient")
+            gradient = typing.cast(Tensor, parameter.grad)
+            require(bool(torch.isfinite(gradient).all()), f"the gradient of {name} is not finite")
+            require(bool((gradient != 0).any()), f"the gradient of {name} is all zero")
+    model.zero_grad()
+
+
+def deterministic(subject: Subject) -> None:
+    """The same seed starts with the same weights, another with others; evaluation has no chance in it."""
+    one, same, other = (
+        torch.cat([p.detach().flatten() for p in build(subject.config, seed=seed).parameters()]) for seed in (3, 3, 4)
+    )
+    require(torch.equal(one, same), "two builds with one seed differ")
+    require(not torch.equal(one, other), "another seed starts with the same weights")
+    tokens = subject.tokens(2)
+    require(torch.equal(subject.logits(tokens), subject.logits(tokens)), "two evaluations differ")
+
+
+def hidden_states(subject: Subject) -> None:
+    """n_layers + 1 hidden states, the last of them normed and what the head reads."""
+    model = subject.model
+    with torch.no_grad():
+        out = model(Inputs(subject.tokens(2)), needs=("logits", "hidden", "hidden_states"))
+        n = len(out.hidden_states)
+        require(n == model.config.n_layers + 1, f"{n} hidden states of {model.config.n_layers} layers")
+        require(torch.equal(out.hidden_states[-1], out.hidden), "the last hidden state is not the normed one")
+        require_close(model.logits(out.hidden), out.logits, "the head on the hidden state")
+
+
+def with_backend(config: Config, backend: str) -> Config:
+    """``config`` with every mixer that has a choice of backends using ``backend``."""
+    blocks = {
+        name: block.model_copy(update={"mixer": block.mixer.model_copy(update={"backend": backend})})
+        if "backend" in type(block.mixer).model_fields
+        else block
+        for name, block in config.blocks.items()  # type: ignore[attr-defined]
+    }
+    return config.model_copy(update={"blocks": blocks})
+
+
+def backends(config: Config) -> list[str]:
+    """The backends that the mixers of ``config`` have, the plain one left out."""
+    fields = [type(block.mixer).model_fields.get("backend") for block in config.blocks.values()]  # type: ignore[attr-defined]
+    names = {name for f in fields if f is not None for name in typing.get_args(f.annotation)}
+    return sorted(names - {"plain"})
+
+
+def twins(subject: Subject) -> None:
+    """Outputs and every gradient of a fast path equal the plain one's: whole rows, packed, padded, one token."""
+    T, tokens = subject.n_tokens, subject.tokens(2)
+    doc_ids = torch.stack([torch.arange(T) * 3 // T, torch.arange(T) // 4])
+    valid = torch.stack([torch.arange(T) < T - 2, torch.arange(T) >= 3])
+    cases = {
+        "whole": Inputs(tokens),
+        "packed": Inputs(tokens, doc_ids=doc_ids),
+        "padded": Inputs(tokens, valid=valid),
+        "one token": Inputs(tokens[:, :1], valid=torch.ones(2, 1, dtype=torch.bool)),
+    }
+
+    def run(model: Decoder, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        model.zero_grad()
+        logits = model(inputs).logits
+        logits = logits if inputs.valid is None else logits[inputs.valid]
+        logits.square().sum().backward()
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
+        return logits.detach(), torch.cat([g.flatten() for g in grads])
+
+    for name in backends(subject.config):
+        plain, fast = (subject.fresh(with_backend(subject.config, b)) for b in ("plain", name))
+        for case, inputs in cases.items():
+            wanted, wanted_gradient = run(plain, inputs)
+            got, gradient = run(fast, inputs)
+            require_close(got, wanted, f"{name} against plain, {case}")
+            require_close(gradient, wanted_gradient, f"{name} against plain, {case}, gradients")
+
+
+def compilable(subject: Subject) -> None:
+    """torch.compile traces a whole pass, packed and padded, without a graph break; the result is the same."""
+    T, tokens = subject.n_tokens, subject.tokens(2)
+    named = {"doc_ids": torch.arange(T).expand(2, T) // 5, "valid": torch.arange(T).expand(2, T) < T - 1}
+    traced = torch.compile(
+        lambda x, d, v: subject.model(Inputs(x, doc_ids=d, valid=v)).logits, fullgraph=True, backend="eager"
+    )
+    with torch.no_grad():
+        out = traced(tokens, named["doc_ids"], named["valid"])
+    require_close(out, subject.logits(tokens, **named), "compiled against eager")
