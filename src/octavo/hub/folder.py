@@ -118,27 +118,32 @@ def _from_foreign(
             missing.append(entry.theirs)
             continue
         tensor = left.pop(entry.theirs)
-        tensor = tensor.T if entry.transposed else tensor
-        sizes = [own[name].shape[0] for name in entry.ours]
-        if sum(sizes) != tensor.shape[0]:
-            wrong.append(f"{entry.theirs} has {tuple(tensor.shape)}")
+        shapes = [tuple(own[name].shape) for name in entry.ours]
+        stacked = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        expected = stacked[::-1] if entry.transposed else stacked
+        if tuple(tensor.shape) != expected:
+            wrong.append(f"{entry.theirs} has {tuple(tensor.shape)}, expected {expected}")
             continue
-        found |= dict(zip(entry.ours, tensor.split(sizes), strict=True))
-    return _check(own, found | {f"(theirs) {n}": t for n, t in left.items()}, folder, missing, wrong)
+        tensor = tensor.T if entry.transposed else tensor
+        found |= dict(zip(entry.ours, tensor.split([shape[0] for shape in shapes]), strict=True))
+    _refuse(folder, missing, list(left), wrong)
+    return found
 
 
-def _check(
-    own: Mapping[str, Tensor], found: dict[str, Tensor], folder: Path, missing: list[str] | None = None,
-    wrong: list[str] | None = None,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Every parameter there, of its shape, and nothing left over."""
-    missing = [*(missing or []), *(name for name in own if name not in found and not missing)]
-    wrong = [*(wrong or [])] + [
-        f"{name} has {tuple(found[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in own
-        if name in found and found[name].shape != own[name].shape
+def _check(own: Mapping[str, Tensor], found: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Our own layout: every parameter there, of its shape, and nothing left over."""
+    wrong = [
+        f"{name} has {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in found and found[name].shape != tensor.shape
     ]
-    extra = [name.removeprefix("(theirs) ") for name in found if name not in own]
+    missing = [name for name in own if name not in found]
+    _refuse(folder, missing, [name for name in found if name not in own], wrong)
+    return found
+
+
+def _refuse(folder: Path, missing: list[str], extra: list[str], wrong: list[str]) -> None:
+    """An error that lists what does not match, if anything does not."""
     problems = [f"{what}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''} ({len(names)})"
                 for what, names in (("missing", missing), ("not used", extra), ("of another shape", wrong)) if names]  # fmt: skip
     if problems:
@@ -146,7 +151,6 @@ def _check(
             f"{folder}: the tensors do not match config.json; {'; '.join(problems)}",
             fix="use a folder whose config.json and weights belong together",
         )
-    return found
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -77,6 +77,8 @@ class GPT2(Family):
             Entry(f"{root}wpe.weight", ("positions.table.weight",)),
             *(Entry(f"{root}ln_f.{part}", (f"norm.{part}",)) for part in ("weight", "bias")),
         ]
+        if not config.tie_embeddings:
+            found.append(Entry(self.head, ("head.weight",)))
         for i in range(config.n_layers):
             theirs, ours = f"{root}h.{i}", f"blocks.{i}.layers"
             for part in ("weight", "bias"):

@@ -17,6 +17,7 @@ class Llama(Family):
     optional_prefix = "model."
     head = "lm_head.weight"
     default_theta = 10000.0
+    default_head_dim: int | None = None  # None: hidden_size / num_attention_heads
 
     # -------------------------------------------------------------------------- what a sibling overrides
 
@@ -49,7 +50,7 @@ class Llama(Family):
             "kind": "attention",
             "n_heads": hf["num_attention_heads"],
             "n_kv_heads": hf.get("num_key_value_heads") or hf["num_attention_heads"],
-            "head_dim": hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+            "head_dim": hf.get("head_dim", self.default_head_dim) or hf["hidden_size"] // hf["num_attention_heads"],
             "dropout": hf.get("attention_dropout", 0.0),
             **self.read_attention(hf),
         }

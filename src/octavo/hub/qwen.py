@@ -21,12 +21,12 @@ class Qwen2(Llama):
         return {}
 
     def windows(self, hf: Mapping[str, Any]) -> list[int | None]:
-        n, window = hf["num_hidden_layers"], hf.get("sliding_window")
+        n, window = hf["num_hidden_layers"], hf.get("sliding_window", 4096)
         if not hf.get("use_sliding_window", False) or window is None:
             return [None] * n
         kinds = hf.get("layer_types")
         if kinds is None:  # the older spelling: layers from max_window_layers on
-            first = hf.get("max_window_layers", n)
+            first = hf.get("max_window_layers", 28)
             kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(n)]
         return [window if kind == "sliding_attention" else None for kind in kinds]
 
@@ -47,6 +47,7 @@ class Qwen3(Qwen2):
     """Each head's queries and keys are normed; no biases unless attention_bias says so."""
 
     model_type, architecture = "qwen3", "Qwen3ForCausalLM"
+    default_head_dim = 128
 
     def read_attention(self, hf: Mapping[str, Any]) -> dict[str, Any]:
         bias = hf.get("attention_bias", False)

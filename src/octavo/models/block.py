@@ -48,7 +48,8 @@ class SubLayer(nn.Module):
 
     def __init__(self, mixer: Mixer, placement: NormPlacement, norm: Config, d_model: int, *, own_norm: bool = True):
         super().__init__()
-        make = lambda wanted: NORMS[norm.kind](norm, d_model) if wanted else None  # type: ignore[attr-defined]  # noqa: E731
+        kind = component(NORMS, norm.kind)  # type: ignore[attr-defined]
+        make = lambda wanted: kind(norm, d_model) if wanted else None  # noqa: E731
         self.mixer = mixer
         self.norm_in = make(own_norm and placement in ("pre", "sandwich"))
         self.norm_out = make(placement in ("branch", "sandwich"))
@@ -75,7 +76,7 @@ class Block(nn.Module):
                 for name, mixer in mixers.items()
             }
         )
-        self.norm = NORMS[norm.kind](norm, dims.d_model) if config.shared_norm else None  # type: ignore[attr-defined]
+        self.norm = component(NORMS, norm.kind)(norm, dims.d_model) if config.shared_norm else None  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, Aux]:
         scale, aux = self.config.residual_scale, {}

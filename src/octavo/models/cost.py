@@ -8,6 +8,8 @@ import torch
 
 from octavo.models.decoder import Decoder
 from octavo.nn.state import StateSpec
+from octavo.nn.tables import NORMS
+from octavo.schema import component
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ def state_bytes(specs: dict[str, StateSpec], max_tokens: int, dtype: torch.dtype
 def predicted_parameters(model: Decoder) -> int:
     """The parameter count by formula, without looking at a tensor; a law holds it equal to the count."""
     config, D, V = model.config, model.config.d_model, model.vocab_size
-    width = {"rmsnorm": D, "none": 0}.get(config.norm.kind)
-    norm = width if width is not None else D * (2 if config.norm.bias else 1)
+    with torch.device("meta"):
+        norm = component(NORMS, config.norm.kind)(config.norm, D).predicted_parameters()
     total = V * D + model.positions.predicted_parameters() + sum(m.predicted_parameters() for m in model.mixers().values())
     for block in model.blocks:
         per_layer = 2 if block.config.norm_placement == "sandwich" else 1

@@ -93,7 +93,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(
             Block(config.blocks[name], config.norm, d) for name, d in zip(config.layer_names(), dims, strict=True)
         )
-        self.norm = NORMS[config.norm.kind](config.norm, D) if config.final_norm else nn.Identity()
+        self.norm = component(NORMS, config.norm.kind)(config.norm, D) if config.final_norm else nn.Identity()
         self.head = None if config.tie_embeddings else Projection(D, V, "head", bias=config.head_bias)
         self.head_bias = nn.Parameter(torch.zeros(V)) if config.tie_embeddings and config.head_bias else None
         if self.embed.weight.device.type != "meta":
@@ -114,7 +114,7 @@ class Decoder(nn.Module):
             )
         ctx = state.begin(inputs) if state is not None else place(inputs)[0]
         ctx.record = needs & {"attention"}
-        self._check_length(inputs.tokens.shape[1], inputs)
+        self._check_length(inputs.tokens.shape[1], ctx.positions)
         ctx.rotation = self.positions.rotation(ctx.positions)
         x = self.positions.embed(self.embed(inputs.tokens), ctx.positions)
         x = F.dropout(x, self.config.embed_dropout, self.training)
@@ -144,11 +144,12 @@ class Decoder(nn.Module):
             return self.head(hidden)
         return F.linear(hidden, self.embed.weight, self.head_bias)
 
-    def _check_length(self, n_new: int, inputs: Inputs) -> None:
+    def _check_length(self, n_new: int, positions: Tensor) -> None:
         limit = self.positions.max_positions
-        if limit is not None and inputs.positions is None and n_new > limit and inputs.doc_ids is None:
+        # A longer row may still fit: padded, or packed with short documents. Only then is the device asked.
+        if limit is not None and n_new > limit and (highest := int(positions.max())) >= limit:
             raise UnsupportedError(
-                f"{n_new} tokens exceed the {limit} trained positions", fix="shorten the text or use rope"
+                f"position {highest} is beyond the {limit} trained positions", fix="shorten the text or use rope"
             )
 
     def new_state(self, rows: int, max_tokens: int | None = None) -> ContiguousState:

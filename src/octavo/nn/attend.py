@@ -63,12 +63,17 @@ def sdpa(
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """torch's fused kernels: tiles with an online softmax where the device has them."""
+    """torch's fused kernels: tiles with an online softmax where the device has them.
+
+    Grouped heads (enable_gqa): on the CPU the fused kernel, forward and backward, reads key head h // (H / G)
+    in place. With dropout there is no fused kernel on the CPU: torch's plain one then repeats k and v in memory.
+    """
     B, H, T, K = q.shape
     G = k.shape[1]
     if T == 1 and G != H and not causal:
         # One query a head: the group's queries form the query axis, and each key head is read once.
-        y = F.scaled_dot_product_attention(q.reshape(B, G, H // G, K), k, v, attn_mask=mask, scale=scale)
+        q = q.reshape(B, G, H // G, K)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, dropout_p=dropout)
         return y.reshape(B, H, 1, v.shape[-1])
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=scale, dropout_p=dropout, enable_gqa=G != H

@@ -6,14 +6,17 @@ from abc import ABC, abstractmethod
 from typing import Literal
 
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from octavo.nn.attend import ATTENDS, Attend, AttendName, attention_weights
 from octavo.nn.contracts import Aux, Capabilities, Context, Dims, Keys, Mixer
-from octavo.nn.norm import LayerNorm, RMSNorm
+from octavo.nn.norm import LayerNorm, Norm, RMSNorm
 from octavo.nn.projection import Projection
 from octavo.nn.state import LayerState, StateField, StateSpec
-from octavo.schema import Config, one_of
+from octavo.schema import Config, component, one_of
+
+
+HEAD_NORMS: dict[str, type[Norm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
 
 
 class Reader(ABC):
@@ -77,7 +80,7 @@ class Attention(Mixer):
         window: int | None = Field(None, ge=1, description="read only this many last tokens")
         qkv_bias: bool = False
         o_bias: bool = False
-        qk_norm: one_of({"rmsnorm": RMSNorm, "layernorm": LayerNorm}) | None = None  # type: ignore[valid-type]
+        qk_norm: one_of(HEAD_NORMS) | None = None  # type: ignore[valid-type]
         scale: float | None = Field(None, gt=0, description="default: head_dim ** -0.5")
         dropout: float = Field(0.0, ge=0, lt=1)
         backend: AttendName = "sdpa"
@@ -101,9 +104,9 @@ class Attention(Mixer):
         self.k = Projection(D, G * K, "k", bias=config.qkv_bias)
         self.v = Projection(D, G * K, "v", bias=config.qkv_bias)
         self.o = Projection(H * K, D, "o", bias=config.o_bias)
-        norms = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
-        self.q_norm: nn.Module | None = norms[config.qk_norm.kind](config.qk_norm, K) if config.qk_norm else None
-        self.k_norm: nn.Module | None = norms[config.qk_norm.kind](config.qk_norm, K) if config.qk_norm else None
+        make = component(HEAD_NORMS, config.qk_norm.kind) if config.qk_norm else None
+        self.q_norm: Norm | None = make(config.qk_norm, K) if make else None
+        self.k_norm: Norm | None = make(config.qk_norm, K) if make else None
         self.reader: Reader = WindowReader(config.window) if config.window else FullReader()
         self.attend: Attend = ATTENDS[config.backend]
 
@@ -138,7 +141,6 @@ class Attention(Mixer):
         return 2 * n_queries * projections + 4 * n_queries * n_keys * self.n_heads * self.head_dim
 
     def predicted_parameters(self) -> int:
-        norms = 0
-        if self.config.qk_norm:
-            norms = 2 * self.head_dim * (2 if getattr(self.config.qk_norm, "bias", False) else 1)
-        return sum(p.n_parameters() for p in (self.q, self.k, self.v, self.o)) + norms
+        norms = [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
+        products = sum(p.n_parameters() for p in (self.q, self.k, self.v, self.o))
+        return products + sum(norm.predicted_parameters() for norm in norms)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
@@ -12,13 +13,24 @@ from octavo.nn.contracts import full_precision
 from octavo.schema import Config
 
 
-class LayerNorm(nn.Module):
+class Norm(nn.Module, ABC):
+    """The contract: built from its Config and a width; ``reset`` sets the starting values."""
+
+    role = "norm"
+
+    @abstractmethod
+    def predicted_parameters(self) -> int:
+        """The parameter count by formula."""
+
+    def reset(self) -> None:
+        """Nothing to set where there are no weights."""
+
+
+class LayerNorm(Norm):
     """``(x - mean) / sqrt(var + eps) * w + b``, in float32 inside.
 
     Source: Ba, Kiros and Hinton 2016, section 3.
     """
-
-    role = "norm"
 
     class Config(Config):
         kind: Literal["layernorm"] = "layernorm"
@@ -27,7 +39,7 @@ class LayerNorm(nn.Module):
 
     def __init__(self, config: LayerNorm.Config, d: int):
         super().__init__()
-        self.eps = config.eps
+        self.d, self.eps = d, config.eps
         self.weight = nn.Parameter(torch.ones(d))
         self.bias = nn.Parameter(torch.zeros(d)) if config.bias else None
 
@@ -36,18 +48,19 @@ class LayerNorm(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    def predicted_parameters(self) -> int:
+        return self.d * (1 if self.bias is None else 2)
+
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Norm):
     """``x / sqrt(mean(x^2) + eps) * w``: float32 inside, cast back, then scaled.
 
     The cast comes before the scale, as in the Llama and Qwen checkpoints, so that 16-bit outputs round
     alike. Source: Zhang and Sennrich 2019, equation 4.
     """
-
-    role = "norm"
 
     class Config(Config):
         kind: Literal["rmsnorm"] = "rmsnorm"
@@ -55,18 +68,21 @@ class RMSNorm(nn.Module):
 
     def __init__(self, config: RMSNorm.Config, d: int):
         super().__init__()
-        self.eps = config.eps
+        self.d, self.eps = d, config.eps
         self.weight = nn.Parameter(torch.ones(d))
 
     def reset(self) -> None:
         nn.init.ones_(self.weight)
+
+    def predicted_parameters(self) -> int:
+        return self.d
 
     def forward(self, x: Tensor) -> Tensor:
         wide = full_precision(x)
         return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
-class NoNorm(nn.Module):
+class NoNorm(Norm):
     """The identity: to see what normalisation is for."""
 
     class Config(Config):
@@ -74,6 +90,9 @@ class NoNorm(nn.Module):
 
     def __init__(self, config: NoNorm.Config, d: int):
         super().__init__()
+
+    def predicted_parameters(self) -> int:
+        return 0
 
     def forward(self, x: Tensor) -> Tensor:
         return x

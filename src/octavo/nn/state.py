@@ -88,6 +88,11 @@ class State(ABC):
     def n_bytes(self) -> int:
         """Bytes held."""
 
+    @property
+    @abstractmethod
+    def payload_bytes(self) -> int:
+        """Bytes of the fields the specs describe, at full capacity: ``n_bytes`` without what keeping them costs."""
+
 
 def place(
     inputs: Inputs, lengths: Tensor | None = None, last_doc: Tensor | None = None, doc_start: Tensor | None = None
@@ -151,11 +156,11 @@ class ContiguousState(State):
     def begin(self, inputs: Inputs) -> Context:
         T = inputs.tokens.shape[1]
         if self.used + T > self.max_tokens:  # the bound counts padding too: only now ask for the real lengths
-            added = T if inputs.valid is None else int(inputs.valid.sum(1).max())
-            self.used = int(self.lengths.max())
-            if self.used + added > self.max_tokens:
+            added = T if inputs.valid is None else inputs.valid.sum(1)
+            self.used, needed = int(self.lengths.max()), int((self.lengths + added).max())
+            if needed > self.max_tokens:
                 raise ResourceError(
-                    f"the decode state holds {self.max_tokens} tokens a row, {self.used + added} are needed",
+                    f"the decode state holds {self.max_tokens} tokens a row, {needed} are needed",
                     fix="ask for a state with more tokens, or start a new one",
                 )
         ctx, self.lengths, self.last_doc, self.doc_start = place(inputs, self.lengths, self.last_doc, self.doc_start)
@@ -206,6 +211,16 @@ class ContiguousState(State):
     @property
     def n_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for layer in self.layers.values() for t in layer.buffers.values())
+
+    @property
+    def payload_bytes(self) -> int:
+        total = 0
+        for layer in self.layers.values():
+            for name, field in layer.spec.items():
+                kept = layer.buffers[name]
+                kept = kept[:, :-1] if field.kind in ("token", "ring") else kept  # without the spare entry
+                total += kept.numel() * kept.element_size()
+        return total
 
 
 class _ContiguousLayer(LayerState):
