@@ -66,17 +66,17 @@ class ResponseFormat(_Strict):
 
 class _Request(_Strict):
     model: str
-    max_tokens: int | None = Field(None, ge=1, lt=2**31)
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, lt=2**31)
-    min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
-    presence_penalty: float = Field(0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    max_tokens: int | None = Field(default=None, ge=1, lt=2**31)
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0, lt=2**31)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, gt=0, le=10)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict, max_length=1024)
-    n: int = Field(1, ge=1, le=MAX_ROWS)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    n: int = Field(default=1, ge=1, le=MAX_ROWS)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: Annotated[list[Annotated[str, StringConstraints(min_length=1, max_length=256)]], BeforeValidator(_listed)] = (
         Field(default_factory=list, max_length=MAX_STOP)
     )
@@ -88,9 +88,9 @@ class ChatRequest(_Request):
     """POST /v1/chat/completions"""
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
+    max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     logprobs: bool = False
-    top_logprobs: int = Field(0, ge=0, le=20)
+    top_logprobs: int = Field(default=0, ge=0, le=20)
     response_format: ResponseFormat | None = None
 
 

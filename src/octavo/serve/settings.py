@@ -11,11 +11,11 @@ class ServeConfig(Config):
     """Settings of the server."""
 
     host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
-    api_key: str | None = Field(None, min_length=1)
+    port: int = Field(default=8000, ge=0, le=65535)
+    api_key: str | None = Field(default=None, min_length=1)
     allow_hosts: tuple[str, ...] = ()
-    max_requests: int = Field(32, ge=1, description="accepted and not yet answered; more are told to come back")
-    grace_seconds: float = Field(20.0, ge=0, description="how long streams may go on after SIGTERM")
-    header_seconds: float = Field(10.0, gt=0)
-    body_seconds: float = Field(30.0, gt=0)
-    stall_seconds: float = Field(60.0, gt=0, description="a client that reads nothing for so long is dropped")
+    max_requests: int = Field(default=32, ge=1, description="accepted and not yet answered; more are told to come back")
+    grace_seconds: float = Field(default=20.0, ge=0, description="how long streams may go on after SIGTERM")
+    header_seconds: float = Field(default=10.0, gt=0)
+    body_seconds: float = Field(default=30.0, gt=0)
+    stall_seconds: float = Field(default=60.0, gt=0, description="a client that reads nothing for so long is dropped")

@@ -6,76 +6,21 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
-from scripted import Scripted
 from serving import REPLY, chat
 
 from octavo.errors import ConfigError
-from octavo.serve.app import create_app
-from octavo.serve.listen import bind, make_server
+from octavo.serve.listen import bind
 from octavo.serve.settings import ServeConfig
 from octavo.tokenizer import Tokenizer
 
 LONG = "abcdefghij" * 100
-
-
-class Live:
-    def __init__(self, port: int, model: Scripted, worker) -> None:
-        self.port, self.model, self.worker = port, model, worker
-        self.url = f"http://127.0.0.1:{port}"
-
-    def post(self, seconds: float = 30, **more: object) -> httpx.Response:
-        return httpx.post(f"{self.url}/v1/chat/completions", json=chat(**more), timeout=seconds)
-
-    def raw(self, request: bytes, receive_bytes: int | None = None) -> socket.socket:
-        sock = socket.socket()
-        if receive_bytes:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
-        sock.connect(("127.0.0.1", self.port))
-        sock.settimeout(20)
-        sock.sendall(request)
-        return sock
-
-    def settled(self) -> None:
-        """Wait until nothing is open, then until the model has stopped."""
-        until = time.monotonic() + 5
-        while self.worker.open_jobs and time.monotonic() < until:
-            time.sleep(0.005)
-        assert not self.worker.open_jobs
-
-
-@pytest.fixture
-def live(tokenizer: Tokenizer):
-    @contextmanager
-    def run(reply: str = REPLY, send_buffer: int | None = None, settings: dict | None = None, **more) -> Iterator[Live]:
-        model = Scripted([*tokenizer.encode(reply), tokenizer.special.eos], tokenizer.vocab_size, **more)
-        config = ServeConfig(port=0, **(settings or {}))
-        sock = bind(config)
-        if send_buffer:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-        app = create_app(model, tokenizer, "tiny", config)
-        server = make_server(app, config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        try:
-            yield Live(sock.getsockname()[1], model, app.state.worker)
-        finally:
-            server.should_exit = True
-            thread.join(10)
-            assert not thread.is_alive()
-
-    return run
 
 
 def http(body: dict) -> bytes:

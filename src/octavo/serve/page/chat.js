@@ -210,7 +210,8 @@ function start() {
     event.preventDefault();
     if (!running) submit();
   });
-  $("form").addEventListener("submit", (event) => { event.preventDefault(); submit(); });
+  $("composer").addEventListener("submit", (event) => { event.preventDefault(); submit(); });
+  $("settings").addEventListener("submit", (event) => { event.preventDefault(); openSettings(false); });
   $("key").addEventListener("change", () => loadModel().catch((error) => show("error", explain(error))));
   showTemperature();
   fit();

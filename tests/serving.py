@@ -1,0 +1,110 @@
+"""A server around a scripted model: in process without a socket, or on a socket of its own."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+
+import httpx
+from scripted import Scripted
+
+from octavo.serve.app import create_app
+from octavo.serve.listen import bind, make_server
+from octavo.serve.settings import ServeConfig
+from octavo.tokenizer import CHATML, Byte, Tokenizer, train
+
+Client = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
+REPLY = "Hello, 世界! <img src=x onerror=alert(1)>"
+
+
+def chat_tokenizer() -> Tokenizer:
+    """One token a byte, with a chat template."""
+    made = train(Byte(), [])
+    made.chat_template = made.chat_template or CHATML
+    return made
+
+
+@asynccontextmanager
+async def connect(
+    tokenizer: Tokenizer, reply: str = REPLY, config: ServeConfig | None = None, **settings: object
+) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of an application without a socket; ``settings`` are those of Scripted."""
+    model = Scripted([*tokenizer.encode(reply), tokenizer.special.eos], tokenizer.vocab_size, **settings)
+    app = create_app(model, tokenizer, "tiny", config)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as http,
+    ):
+        http.app, http.model = app, model  # type: ignore[attr-defined]
+        yield http
+
+
+def chat(**more: object) -> dict:
+    """A chat request."""
+    return {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "temperature": 0, **more}
+
+
+def events(response: httpx.Response) -> list[dict]:
+    """The events of a stream, which must end in [DONE]."""
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "data: [DONE]" and all(line.startswith("data: ") for line in lines)
+    return [json.loads(line[6:]) for line in lines[:-1]]
+
+
+class Live:
+    """A running server and what a test wants to see of it."""
+
+    def __init__(self, port: int, model: Scripted, worker) -> None:
+        self.port, self.model, self.worker = port, model, worker
+        self.url = f"http://127.0.0.1:{port}"
+
+    def post(self, seconds: float = 30, **more: object) -> httpx.Response:
+        return httpx.post(f"{self.url}/v1/chat/completions", json=chat(**more), timeout=seconds)
+
+    def raw(self, request: bytes, receive_bytes: int | None = None) -> socket.socket:
+        sock = socket.socket()
+        if receive_bytes:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        sock.connect(("127.0.0.1", self.port))
+        sock.settimeout(20)
+        sock.sendall(request)
+        return sock
+
+    def settled(self) -> None:
+        """Wait until nothing is open, then until the model has stopped."""
+        until = time.monotonic() + 5
+        while self.worker.open_jobs and time.monotonic() < until:
+            time.sleep(0.005)
+        assert not self.worker.open_jobs
+
+
+@contextmanager
+def live(
+    tokenizer: Tokenizer,
+    reply: str = REPLY,
+    send_buffer: int | None = None,
+    settings: dict | None = None,
+    name: str = "tiny",
+    **more: object,
+) -> Iterator[Live]:
+    """A server on a socket of its own, in a thread; ``more`` are settings of Scripted."""
+    model = Scripted([*tokenizer.encode(reply), tokenizer.special.eos], tokenizer.vocab_size, **more)
+    config = ServeConfig(port=0, **(settings or {}))
+    sock = bind(config)
+    if send_buffer:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+    app = create_app(model, tokenizer, name, config)
+    server = make_server(app, config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield Live(sock.getsockname()[1], model, app.state.worker)
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        assert not thread.is_alive()
