@@ -22,9 +22,7 @@ def config(subject: Subject) -> None:
     again = type(own).model_validate(json.loads(text))
     require(again == own, f"read back as {again}")
     require(json.dumps(again.model_dump(mode="json")) == text, "written again it differs")
-    shapes = [
-        {name: tuple(p.shape) for name, p in build(c, device="meta").named_parameters()} for c in (own, again)
-    ]
+    shapes = [{name: tuple(p.shape) for name, p in build(c, device="meta").named_parameters()} for c in (own, again)]
     require(shapes[0] == shapes[1], "read back it builds other parameters")
 
 
@@ -62,5 +60,7 @@ def state_bytes(subject: Subject) -> None:
     for rows, n in ((1, subject.n_tokens), (3, 5)):
         held = subject.model.new_state(rows, n)
         predicted = rows * cost(subject.model, n, torch.float64).state_bytes
-        require(held.payload_bytes == predicted, f"{rows} rows of {n}: {predicted} predicted, {held.payload_bytes} held")
+        require(
+            held.payload_bytes == predicted, f"{rows} rows of {n}: {predicted} predicted, {held.payload_bytes} held"
+        )
         require(held.n_bytes >= held.payload_bytes, f"{held.n_bytes} bytes held are less than their payload")
