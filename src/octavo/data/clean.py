@@ -12,13 +12,12 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 from pydantic import Field
 
-from octavo.data.duplicates import CJK, NearDuplicatesConfig, shingles, signature, unit_ids
+from octavo.data.duplicates import CJK, Array, NearDuplicatesConfig, shingles, signature, unit_ids
 from octavo.schema import Config
 
 
@@ -196,6 +195,9 @@ def why_not(text: str, filters: FilterConfig) -> tuple[str, str] | None:
 # ---- one document ----
 
 
+NO_SIGNATURE: Array = np.zeros(0, dtype=np.uint32)
+
+
 @dataclass(frozen=True, slots=True)
 class Cleaned:
     """A text after cleaning, with what the search for duplicates needs, or why it was left out."""
@@ -205,7 +207,7 @@ class Cleaned:
     reason: str = ""
     detail: str = ""
     hash: bytes = b""
-    signature: np.ndarray[Any, Any] | None = None
+    signature: Array = field(default_factory=lambda: NO_SIGNATURE)
 
 
 def text_hash(text: str) -> bytes:
@@ -223,7 +225,7 @@ def clean_text(text: str, config: CleanConfig) -> Cleaned:
     if config.filters is not None and (found := why_not(repaired, config.filters)) is not None:
         return Cleaned(repaired, changed, *found)
     near = config.near_duplicates
-    marks = None if near is None else signature(repaired, near)
+    marks = NO_SIGNATURE if near is None else signature(repaired, near)
     return Cleaned(repaired, changed, hash=text_hash(repaired), signature=marks)
 
 

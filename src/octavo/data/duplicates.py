@@ -65,7 +65,7 @@ def shingles(ids: Array, size: int) -> Array:
 
 def signature(text: str, config: NearDuplicatesConfig) -> Array:
     """The MinHash signature of a text: ``hashes`` uint32."""
-    from rensa import RMinHash
+    from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue] - compiled, without stubs
 
     marks = np.unique(shingles(unit_ids(text), config.shingle_units))
     offsets = np.array([0, len(marks)], dtype=np.uint64)

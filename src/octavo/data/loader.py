@@ -52,28 +52,34 @@ class Schedule:
         self._fill()
 
     def _fill(self) -> None:
-        """``chosen[t]``: the source of row t of a period; ``before[i, t]``: rows of source i before it."""
-        k, period = self.n_sources, self.period
-        self.chosen: Array = np.zeros(period, dtype=np.int64)
-        if k > 1:
-            # A source may go once it is due by 1/(2k-2) of a row; of those the one goes that would first exceed
-            # 1 - 1/(2k-2). Everything is scaled by (2k-2) * period, so that it is exact.
-            scale, quotas = 2 * k - 2, self.quotas
-            due = np.zeros(k, dtype=np.int64)
-            for t in range(period):
-                due += quotas * scale
-                may = due >= period
-                slack = (period * (scale - 1) - due) / (quotas * scale)
-                source = int(np.argmin(np.where(may, slack, np.inf)))
-                self.chosen[t] = source
-                due[source] -= period * scale
-        self.before: Array = np.stack([np.cumsum(self.chosen == i) - (self.chosen == i) for i in range(k)])
+        """``chosen[t]``: the source of row t of a period; ``before[t]``: rows of that source before it."""
+        quotas = self.quotas.tolist()
+        chosen, before = [0] * self.period, [0] * self.period
+        given = [0] * self.n_sources
+        # A source may go once it is due by 1/(2k-2) of a row; of those the one goes that would be the first to be due
+        # by more than 1 - 1/(2k-2). In whole numbers of 1/((2k-2) period) rows, so that it is exact.
+        scale = max(2 * self.n_sources - 2, 1)
+        row = self.period * scale
+        due = [0] * self.n_sources
+        for t in range(self.period):
+            best, best_slack = -1, 0
+            for i, quota in enumerate(quotas):
+                due[i] += quota * scale
+                if due[i] >= self.period:
+                    slack = row - self.period - due[i]
+                    if best < 0 or slack * quotas[best] < best_slack * quota:
+                        best, best_slack = i, slack
+            due[best] -= row
+            chosen[t], before[t] = best, given[best]
+            given[best] += 1
+        self.chosen: Array = np.array(chosen)
+        self.before: Array = np.array(before)
 
     def source_rows(self, numbers: Array) -> tuple[Array, Array]:
         """For rows of the mixture: their source, and which of that source's rows it is."""
         periods, t = np.divmod(numbers, self.period)
         source = self.chosen[t]
-        return source, periods * self.quotas[source] + self.before[source, t]
+        return source, periods * self.quotas[source] + self.before[t]
 
 
 class Loader:

@@ -73,7 +73,7 @@ class DataConfig(Config):
         split: what is held out.
     """
 
-    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    sources: tuple[SourceConfig, ...]
     clean: CleanConfig = CleanConfig()
     split: SplitConfig = SplitConfig()
 
@@ -82,6 +82,13 @@ class DataConfig(Config):
     def _one_source(cls, value: Any) -> Any:
         if isinstance(value, dict) and isinstance(value.get("sources"), str):
             return {**value, "sources": [value["sources"]]}
+        return value
+
+    @field_validator("sources")
+    @classmethod
+    def _some_source(cls, value: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+        if not value:  # here and not as a length of the field, which would also fail for each bad source
+            raise ValueError("there must be at least one source: a path, or python-stdlib")
         return value
 
     def fingerprint(self) -> str:
@@ -253,8 +260,7 @@ class _Preparation:
         self.report.keep(source, size)
         row = {"text": cleaned.text, "source": document.source, "line": document.line}
         self.lines.append(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        marks = cleaned.signature if cleaned.signature is not None else np.zeros(0, dtype=np.uint32)
-        self.state.append((cleaned.hash, size, marks))
+        self.state.append((cleaned.hash, size, cleaned.signature))
         self.segment_bytes += size
 
     def _place(self, number: int) -> str:
@@ -328,7 +334,7 @@ def hold_out(hashes: list[bytes], split: SplitConfig) -> np.ndarray[Any, Any]:
     distinct = np.unique(keys)
     if len(distinct) <= needed:
         raise DataError(
-            f"{len(distinct):,} documents are too few to hold out {needed:,}",
+            f"{len(distinct):,} different documents are too few to hold out {needed:,} and keep one",
             fix="set `document_bytes` of the sources (4096, say) to cut long texts into documents, or `held_out: 0`",
         )
     if split.held_out >= 1:

@@ -108,7 +108,7 @@ class _ZstdStream(io.RawIOBase):
     """Decompressed bytes of a .zst file of one or more frames; unlike the library's own reader, a file that ends
     inside a frame is an error and not the end."""
 
-    FEED_BYTES = 4096  # bounds what one call can inflate to
+    FEED_BYTES = 256  # bounds what one call can inflate to (8 MiB, at 128 KiB for 4 bytes)
 
     def __init__(self, file: BinaryIO):
         import zstandard
@@ -174,7 +174,7 @@ def reading(path: Path) -> Iterator[BinaryIO]:
             raw.close()
 
 
-def lines(file: BinaryIO, max_bytes: int = MAX_ROW_BYTES) -> Iterator[tuple[int, bytes | None]]:
+def lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | None]]:
     """Numbered lines with their ends removed; ``None`` in place of one longer than ``max_bytes``."""
     number = 0
     while line := file.readline(max_bytes + 2):
@@ -320,7 +320,7 @@ def _refuse_constant(name: str) -> Any:
 def read_rows(path: Path, encoding: str = "utf-8", errors: Policy = "error") -> Iterator[tuple[int, Any] | Bad]:
     """The rows of a .jsonl file (also .gz, .zst) with their line numbers; blank lines are passed over."""
     with reading(path) as file:
-        for number, raw in lines(file):
+        for number, raw in lines(file, MAX_ROW_BYTES):
             if raw is None:
                 yield Bad(number, 0, f"row is longer than {MAX_ROW_BYTES >> 20} MiB")
             elif raw.strip():

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from octavo.report import words
+
 EXAMPLES = 3
 
 
@@ -80,25 +82,16 @@ class Report:
         return cls(**values)
 
     def __str__(self) -> str:
-        out = [f"read  {self.documents:>10,} documents {size_text(self.bytes):>10}"]
-        out.append(f"kept  {self.kept_documents:>10,} documents {size_text(self.kept_bytes):>10}")
+        out = [f"read  {self.documents:>10,} documents {words.size(self.bytes):>10}"]
+        out.append(f"kept  {self.kept_documents:>10,} documents {words.size(self.kept_bytes):>10}")
         for name, counts in self.splits.items():
-            out.append(f"  {name:<6}{counts['documents']:>8,} documents {size_text(counts['bytes']):>10}")
+            out.append(f"  {name:<6}{counts['documents']:>8,} documents {words.size(counts['bytes']):>10}")
         if self.repaired:
             out.append(f"Unicode repaired in {self.repaired:,} documents")
         for reason, entry in sorted(self.removed.items(), key=lambda item: -item[1]["documents"]):
-            out.append(f"left out: {reason}  {entry['documents']:,} documents, {size_text(entry['bytes'])}")
+            out.append(f"left out: {reason}  {entry['documents']:,} documents, {words.size(entry['bytes'])}")
             for example in entry["examples"]:
                 place = f"{example['source']}:{example['line']}" if example["line"] else example["source"]
                 why = f" ({example['detail']})" if example["detail"] else ""
-                out.append(f"    {place}{why}  {example['excerpt']}".rstrip())
+                out.append(f"    {place}{why}  {words.printable(example['excerpt'])}".rstrip())
         return "\n".join(out)
-
-
-def size_text(size: float) -> str:
-    """A number of bytes for people: ``1.4 MB``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"

@@ -78,7 +78,9 @@ class SourceConfig(Config):
             codecs.lookup(value)
             ascii_lines = "\n".encode(value) == b"\n"
         except LookupError:
-            raise ValueError(f"unknown encoding {value!r}; use utf-8, gb18030, big5, latin-1 ...") from None
+            raise ValueError(
+                f"unknown encoding {value!r}; use utf-8, gb18030, big5 or another codec of Python"
+            ) from None
         if not ascii_lines:
             raise ValueError(f"encoding {value!r} has no single-byte line ends; convert the files to utf-8")
         return value
