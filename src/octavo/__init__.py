@@ -1,8 +1,8 @@
 """Octavo: from raw text to a language model you can talk to, on the machine you have.
 
-    import octavo
-    run = octavo.train("quickstart")
-    print(octavo.load(run).generate("def "))
+import octavo
+run = octavo.train("quickstart")
+print(octavo.load(run).generate("def "))
 """
 
 from __future__ import annotations

@@ -51,15 +51,15 @@ class ChatData(ChatConfig):
 class TuneConfig(TrainConfig):
     """Instruction tuning: the same loop, with a chat source and the renderer's loss mask."""
 
-    data: FactsData | ChatData = Field(FactsData(), discriminator="kind")
-    held_out: float = Field(0.05, ge=0, lt=1, description="share of a file's conversations kept for validation")
+    data: FactsData | ChatData = Field(default=FactsData(), discriminator="kind")
+    held_out: float = Field(default=0.05, ge=0, lt=1, description="share of a file's conversations kept for validation")
 
 
 class Recipe(Config):
     """Everything a run is made from. A section that is left out is a stage that is not run."""
 
-    name: str = Field("run", pattern=r"^[\w.-]+$")
-    seed: int = Field(1, ge=0, lt=2**63)
+    name: str = Field(default="run", pattern=r"^[\w.-]+$")
+    seed: int = Field(default=1, ge=0, lt=2**63)
     data: DataConfig | None = None
     tokenizer: TokenizerConfig = ByteBPE()
     model: one_of({**MODELS, "pretrained": Pretrained}, default="decoder") = Decoder.Config()  # type: ignore[valid-type]
@@ -264,7 +264,7 @@ def explain(
             what = f"{dotted} is not a known key"
             config = owner(root, raw, path[:-1])
             fix = did_you_mean(str(path[-1]), config.model_fields if config else (), thing="key")
-            fix = fix.replace("did you mean `", f"did you mean `{'.'.join(map(str, path[:-1] + ('',)))}")
+            fix = fix.replace("did you mean `", f"did you mean `{'.'.join(map(str, (*path[:-1], '')))}")
         elif kind == "missing":
             missing = problem["loc"][-1]
             what, fix = f"{'.'.join(map(str, (*path, missing)))} is missing", "give it a value"
@@ -290,10 +290,9 @@ def _path(raw: Any, loc: Sequence[Any]) -> tuple[Any, ...]:
     """The part of a pydantic location that a reader of the file knows: union tags and validators left out."""
     path: list[Any] = []
     for part in loc:
-        if isinstance(raw, Mapping) and part in raw:
-            path.append(part)
-            raw = raw[part]
-        elif isinstance(raw, list | tuple) and isinstance(part, int) and part < len(raw):
+        if (isinstance(raw, Mapping) and part in raw) or (
+            isinstance(raw, list | tuple) and isinstance(part, int) and part < len(raw)
+        ):
             path.append(part)
             raw = raw[part]
     return tuple(path)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from octavo.errors import CheckpointError
+from octavo.errors import CheckpointError, ResourceError
 from octavo.files import fsync_path, make_folder, write_all
 
 
@@ -60,20 +60,41 @@ class MetricsFile:
             raise
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one line; a number that is not finite becomes null. Survives a kill at once."""
+        """Append one line; a number that is not finite becomes null. Survives a kill at once.
+
+        Raises:
+            ResourceError: the disk refused. What stands of the line is cut off on resume.
+        """
         plain = {
             key: None if isinstance(value, float) and value - value != 0 else value for key, value in record.items()
         }
         line = json.dumps(plain, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        write_all(self._descriptor, line)
+        try:
+            write_all(self._descriptor, line)
+        except OSError as error:
+            raise self._refused(error) from error
         self._digest.update(line)
         self._bytes += len(line)
 
     def position(self) -> dict[str, Any]:
-        """Where the file stands, for the checkpoint; the lines up to here are on disk on return."""
-        os.fsync(self._descriptor)
-        fsync_path(self.path.parent)
+        """Where the file stands, for the checkpoint; the lines up to here are on disk on return.
+
+        Raises:
+            ResourceError: the disk refused.
+        """
+        try:
+            os.fsync(self._descriptor)
+            fsync_path(self.path.parent)
+        except OSError as error:
+            raise self._refused(error) from error
         return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
+
+    def _refused(self, error: OSError) -> ResourceError:
+        return ResourceError(
+            f"{self.path} could not be written: {error.strerror}",
+            fix="make room or mend the disk; the same command goes on from the last saved step",
+            kept="every saved step",
+        )
 
     def close(self) -> None:
         if self._descriptor >= 0:

@@ -23,7 +23,7 @@ from octavo.data.shards import Shards, write_shards
 from octavo.errors import ConfigError, ConfigErrors, StopRequested
 from octavo.eval.answers import Question, greedy
 from octavo.eval.runner import evaluate, summary
-from octavo.files import make_folder, write_json
+from octavo.files import make_folder
 from octavo.language_model import LanguageModel, load
 from octavo.models.cost import cost
 from octavo.models.decoder import Decoder, build
@@ -102,9 +102,7 @@ class Pipeline:
         if config is None:
             return {}
         with self._bytes_bar() as progress:
-            report = prepare.clean_documents(
-                config, self.folder.path / "data", workers=self.workers, progress=progress
-            )
+            report = prepare.clean_documents(config, self.folder.path / "data", workers=self.workers, progress=progress)
         for line in str(report).splitlines()[:12]:
             self.console.note(line)
         return {"documents": report.kept_documents, "bytes": report.kept_bytes}
@@ -338,8 +336,6 @@ class Pipeline:
                 bar.close()
 
 
-
-
 def _rows(config: TrainConfig, seq_len: int) -> int | None:
     """Rows of an optimizer step; None means all."""
     return {"per_sample": 1, "full_batch": None}.get(config.update, max(1, config.step_tokens // seq_len))
@@ -359,7 +355,9 @@ def _tensorboard(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ConfigError("tensorboard = true needs the package tensorboard", fix="pip install 'octavo[track]'") from None
+        raise ConfigError(
+            "tensorboard = true needs the package tensorboard", fix="pip install 'octavo[track]'"
+        ) from None
     return SummaryWriter(str(folder / "tensorboard"))
 
 
@@ -433,4 +431,3 @@ def run(
             folder.log_error(error)
             raise
     return folder
-

@@ -112,7 +112,11 @@ class StopSignal:
                 _end_now()
             self._interrupted_at = now
         self._signal = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        self._notify(f"{self._signal}: stopping after this step. Ctrl-C within 5 seconds stops at once.")
+        line = f"{self._signal}: stopping after this step. Ctrl-C within 5 seconds stops at once."
+        try:
+            self._notify(line)
+        except RuntimeError:  # it writes to the buffered stream whose write this signal interrupted
+            _to_stderr(line)
 
 
 def _to_stderr(line: str) -> None:

@@ -47,7 +47,7 @@ def perform(
 
 
 @app.command(
-    epilog="Example:  octavo run quickstart --no-chat     octavo run pretrain 'data.sources=[\"my/**/*.txt\"]' train.steps=2000"
+    epilog="Example:  octavo run quickstart --no-chat     octavo run pretrain 'data.sources=[\"my/**/*.txt\"]'"
 )
 def run(
     recipe: Annotated[str, typer.Argument(help="A recipe's name (quickstart, shakespeare, ...) or a YAML file.")],
@@ -66,9 +66,12 @@ def run(
     folder = perform(recipe, overrides, out, max_time, allow_change, workers, quiet)
     show_next(folder)
     if chat and sys.stdin.isatty() and sys.stdout.isatty() and (folder / "tune").is_dir():
-        from octavo.cli.chat import talk
+        import octavo
+        from octavo.cli.chat import converse
+        from octavo.infer.sampling import SamplingConfig
 
-        talk(folder)
+        lm = octavo.load(folder)
+        converse(lm.model, lm.tokenizer, SamplingConfig(temperature=0.0), name=folder.name)
 
 
 def show_next(folder: Path) -> None:

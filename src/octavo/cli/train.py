@@ -22,7 +22,5 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Pretrain a model on text: data, tokenizer, training, scores, report."""
-    folder = perform(
-        recipe, overrides, out, max_time, allow_change, workers, quiet, sections=("train", "eval")
-    )
+    folder = perform(recipe, overrides, out, max_time, allow_change, workers, quiet, sections=("train", "eval"))
     show_next(folder)

@@ -116,7 +116,7 @@ class Llama(Family):
         for i, name in enumerate(config.layer_names()):
             block, theirs, ours = config.blocks[name], f"{root}layers.{i}", f"blocks.{i}.layers"
             attention, mlp = f"{ours}.mixer.mixer", f"{ours}.channel.mixer"
-            biased = {p: block.mixer.qkv_bias for p in "qkv"} | {"o": block.mixer.o_bias}
+            biased = dict.fromkeys("qkv", block.mixer.qkv_bias) | {"o": block.mixer.o_bias}
             for p, has_bias in biased.items():
                 found += [
                     Entry(f"{theirs}.self_attn.{p}_proj.{part}", (f"{attention}.{p}.{part}",))

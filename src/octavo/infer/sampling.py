@@ -27,17 +27,31 @@ GREEDY_BELOW = 1e-6
 class SamplingConfig(Config):
     """How tokens are chosen and when to stop."""
 
-    temperature: float = Field(1.0, ge=0, description="0 is argmax, 1 the model's own distribution, inf uniform.")
-    top_k: int = Field(0, ge=0, description="Keep the k most probable tokens; 0 keeps all.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Keep the smallest set of tokens with this much probability.")
-    min_p: float = Field(0.0, ge=0, le=1, description="Drop tokens below this share of the best token's probability.")
-    repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False, description="CTRL's; 1 is off, above 1 repels.")
-    presence_penalty: float = Field(0.0, ge=-2, le=2, description="Subtracted once from the logit of a produced token.")
-    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="Subtracted for every time it was produced.")
+    temperature: float = Field(
+        default=1.0, ge=0, description="0: argmax, 1: the model's own distribution, inf: uniform."
+    )
+    top_k: int = Field(default=0, ge=0, description="Keep the k most probable tokens; 0 keeps all.")
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="Keep the fewest tokens with this much probability."
+    )
+    min_p: float = Field(
+        default=0.0, ge=0, le=1, description="Drop tokens below this share of the best one."
+    )
+    repetition_penalty: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="CTRL's; 1: off, above 1 repels."
+    )
+    presence_penalty: float = Field(
+        default=0.0, ge=-2, le=2, description="Subtracted once from produced tokens."
+    )
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2, description="Subtracted for every time it was produced.")
     logit_bias: dict[int, float] = Field(default_factory=dict, description="Added to the logit of a token id.")
-    seed: int | None = Field(None, ge=0, lt=2**63, description="Row i of a batch draws from seed + i; none: random.")
-    max_new_tokens: int = Field(256, ge=1, description="Tokens to produce at most.")
-    stop: tuple[Annotated[str, StringConstraints(min_length=1)], ...] = Field((), description="Texts that end it.")
+    seed: int | None = Field(
+        default=None, ge=0, lt=2**63, description="Row i draws from seed + i; none: random."
+    )
+    max_new_tokens: int = Field(default=256, ge=1, description="Tokens to produce at most.")
+    stop: tuple[Annotated[str, StringConstraints(min_length=1)], ...] = Field(
+        default=(), description="End texts."
+    )
 
 
 def with_temperature(logits: Tensor, temperature: float) -> Tensor:

@@ -31,8 +31,8 @@ class BlockConfig(Config):
     norm_placement: NormPlacement = "pre"
     topology: Literal["sequential", "parallel"] = "sequential"
     shared_norm: bool = False
-    residual_scale: float = Field(1.0, ge=0)
-    dropout: float = Field(0.0, ge=0, lt=1, description="on each branch before it is added")
+    residual_scale: float = Field(default=1.0, ge=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="on each branch before it is added")
 
     @model_validator(mode="after")
     def _possible(self) -> BlockConfig:

@@ -53,7 +53,9 @@ def predicted_parameters(model: Decoder) -> int:
     config, D, V = model.config, model.config.d_model, model.vocab_size
     with torch.device("meta"):
         norm = component(NORMS, config.norm.kind)(config.norm, D).predicted_parameters()
-    total = V * D + model.positions.predicted_parameters() + sum(m.predicted_parameters() for m in model.mixers().values())
+    total = (
+        V * D + model.positions.predicted_parameters() + sum(m.predicted_parameters() for m in model.mixers().values())
+    )
     for block in model.blocks:
         per_layer = 2 if block.config.norm_placement == "sandwich" else 1
         total += norm * (1 if block.config.shared_norm else per_layer * len(block.layers))

@@ -33,10 +33,10 @@ class Decoder(nn.Module):
 
     class Config(Config):
         kind: Literal["decoder"] = "decoder"
-        d_model: int = Field(256, ge=1)
-        n_layers: int = Field(4, ge=1)
-        max_seq_len: int = Field(256, ge=1)
-        vocab_size: int | None = Field(None, ge=2)
+        d_model: int = Field(default=256, ge=1)
+        n_layers: int = Field(default=4, ge=1)
+        max_seq_len: int = Field(default=256, ge=1)
+        vocab_size: int | None = Field(default=None, ge=2)
         blocks: dict[str, BlockConfig] = {"block": BlockConfig()}
         pattern: tuple[str, ...] | None = None
         norm: one_of(NORMS) = RMSNorm.Config()  # type: ignore[valid-type]
@@ -44,8 +44,8 @@ class Decoder(nn.Module):
         final_norm: bool = True
         tie_embeddings: bool = True
         head_bias: bool = False
-        embed_dropout: float = Field(0.0, ge=0, lt=1)
-        padding_id: int | None = Field(None, ge=0, description="this row of the embedding gets no gradient")
+        embed_dropout: float = Field(default=0.0, ge=0, lt=1)
+        padding_id: int | None = Field(default=None, ge=0, description="this row of the embedding gets no gradient")
         init: InitConfig = InitConfig()
 
         @model_validator(mode="after")
@@ -168,9 +168,7 @@ class Decoder(nn.Module):
 
     def mixers(self) -> dict[str, Mixer]:
         """Every mixer by its state's name, ``depth.mixer`` or ``depth.channel``."""
-        return {
-            f"{block.depth}.{name}": layer.mixer for block in self.blocks for name, layer in block.layers.items()
-        }
+        return {f"{block.depth}.{name}": layer.mixer for block in self.blocks for name, layer in block.layers.items()}
 
     @property
     def capabilities(self) -> Capabilities:

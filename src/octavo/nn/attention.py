@@ -15,7 +15,6 @@ from octavo.nn.projection import Projection
 from octavo.nn.state import LayerState, StateField, StateSpec
 from octavo.schema import Config, component, one_of
 
-
 HEAD_NORMS: dict[str, type[Norm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
 
 
@@ -74,15 +73,15 @@ class Attention(Mixer):
 
     class Config(Config):
         kind: Literal["attention"] = "attention"
-        n_heads: int = Field(8, ge=1)
-        n_kv_heads: int | None = Field(None, ge=1, description="default: n_heads")
-        head_dim: int | None = Field(None, ge=1, description="default: d_model / n_heads")
-        window: int | None = Field(None, ge=1, description="read only this many last tokens")
+        n_heads: int = Field(default=8, ge=1)
+        n_kv_heads: int | None = Field(default=None, ge=1, description="default: n_heads")
+        head_dim: int | None = Field(default=None, ge=1, description="default: d_model / n_heads")
+        window: int | None = Field(default=None, ge=1, description="read only this many last tokens")
         qkv_bias: bool = False
         o_bias: bool = False
         qk_norm: one_of(HEAD_NORMS) | None = None  # type: ignore[valid-type]
-        scale: float | None = Field(None, gt=0, description="default: head_dim ** -0.5")
-        dropout: float = Field(0.0, ge=0, lt=1)
+        scale: float | None = Field(default=None, gt=0, description="default: head_dim ** -0.5")
+        dropout: float = Field(default=0.0, ge=0, lt=1)
         backend: AttendName = "sdpa"
 
         @model_validator(mode="after")
@@ -131,9 +130,7 @@ class Attention(Mixer):
         if "attention" in ctx.record:
             weights = attention_weights(q, k, mask, causal=flag, scale=scale)
             ctx.recorded.setdefault("attention", []).append(weights)
-        y = self.attend(
-            q, k, v, mask, causal=flag, scale=scale, dropout=self.config.dropout if self.training else 0.0
-        )
+        y = self.attend(q, k, v, mask, causal=flag, scale=scale, dropout=self.config.dropout if self.training else 0.0)
         return self.o(y.transpose(1, 2).reshape(B, T, -1)), {}
 
     def flops(self, n_queries: int, n_keys: int) -> int:

@@ -22,10 +22,10 @@ class Mlp(Mixer):
 
     class Config(Config):
         kind: Literal["mlp"] = "mlp"
-        d_ff: int | None = Field(None, ge=1, description="default: 4 d_model")
+        d_ff: int | None = Field(default=None, ge=1, description="default: 4 d_model")
         activation: ActivationName = "gelu"
         bias: bool = False
-        dropout: float = Field(0.0, ge=0, lt=1)
+        dropout: float = Field(default=0.0, ge=0, lt=1)
 
     def __init__(self, config: Mlp.Config, dims: Dims):
         super().__init__()
@@ -57,10 +57,10 @@ class Glu(Mixer):
 
     class Config(Config):
         kind: Literal["glu"] = "glu"
-        d_ff: int | None = Field(None, ge=1, description="default: 8/3 d_model, a multiple of 32")
+        d_ff: int | None = Field(default=None, ge=1, description="default: 8/3 d_model, a multiple of 32")
         activation: ActivationName = "silu"
         bias: bool = False
-        dropout: float = Field(0.0, ge=0, lt=1)
+        dropout: float = Field(default=0.0, ge=0, lt=1)
 
     def __init__(self, config: Glu.Config, dims: Dims):
         super().__init__()

@@ -113,7 +113,7 @@ class SinusoidalPositions(Positions):
     class Config(Config):
         kind: Literal["sinusoidal"] = "sinusoidal"
         layout: RotaryLayout = "interleaved"
-        base: float = Field(10000.0, gt=1)
+        base: float = Field(default=10000.0, gt=1)
 
     def __init__(self, config: SinusoidalPositions.Config, d_model: int, head_dim: int, max_seq_len: int):
         super().__init__()
@@ -138,9 +138,9 @@ class RotaryPositions(Positions):
 
     class Config(Config):
         kind: Literal["rope"] = "rope"
-        theta: float = Field(10000.0, gt=1)
+        theta: float = Field(default=10000.0, gt=1)
         layout: RotaryLayout = "half"
-        fraction: float = Field(1.0, gt=0, le=1)
+        fraction: float = Field(default=1.0, gt=0, le=1)
 
     def __init__(self, config: RotaryPositions.Config, d_model: int, head_dim: int, max_seq_len: int):
         super().__init__()

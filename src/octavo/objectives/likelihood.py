@@ -23,7 +23,7 @@ class CausalLikelihood(Objective):
 
     class Config(Config):
         kind: Literal["causal"] = "causal"
-        z_loss: float = Field(0.0, ge=0)
+        z_loss: float = Field(default=0.0, ge=0)
 
     def __init__(self, config: CausalLikelihood.Config | None = None):
         self.config = config or CausalLikelihood.Config()

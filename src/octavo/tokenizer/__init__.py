@@ -3,6 +3,7 @@
 from octavo.tokenizer.chat import CHATML, Rendered
 from octavo.tokenizer.config import (
     BPE,
+    CONFIGS,
     SPECIALS,
     UNKNOWN,
     Byte,
@@ -23,6 +24,7 @@ load = Tokenizer.load
 __all__ = [
     "BPE",
     "CHATML",
+    "CONFIGS",
     "SPECIALS",
     "UNKNOWN",
     "Byte",

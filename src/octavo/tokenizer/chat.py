@@ -100,7 +100,7 @@ def render(
     if tokenizer.chat_template is None:
         raise DataError("this tokenizer has no chat template", fix="add a chat_template.jinja to its folder")
     job = _Job(tokenizer, compile_template(tokenizer.chat_template), tools, variables or {})
-    messages = [_checked(i, message, job.template.mark) for i, message in enumerate(messages)]
+    messages = [_checked(i, message) for i, message in enumerate(messages)]
     text, specials, spans = job.safe(messages, add_generation_prompt)
     if not job.template.marks_generation:
         spans = job.derived_spans(messages, text, specials)
@@ -146,8 +146,8 @@ class _Job:
 
     def _render(self, messages: Sequence[Any], prompt: bool, tools: Any) -> tuple[str, list[tuple[int, int]]]:
         names = {**self.variables, "messages": list(messages), "tools": tools, "documents": None}
-        size = sum(len(text) for text in _leaves([messages, tools]))
-        return self.template.render(len(messages), size, {**names, "add_generation_prompt": prompt})
+        inputs = "".join(_leaves([messages, tools]))
+        return self.template.render(len(messages), inputs, {**names, "add_generation_prompt": prompt})
 
     def safe(self, messages: Sequence[Any], prompt: bool) -> tuple[str, list[tuple[int, int]], list[tuple[int, int]]]:
         """The text, the spans of the special tokens the template wrote, and the spans of generation blocks."""
@@ -265,29 +265,25 @@ def find_turn_marks(tokenizer: Tokenizer) -> tuple[int | None, int | None]:
     """Ids of the special tokens that open and close an assistant turn, read off a probe conversation."""
     if tokenizer.chat_template is None:
         return None, None
-    probe = "octavo7probe"
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": probe}]
+    probes = ("octavo7user", "octavo7assistant")
+    messages = [{"role": role, "content": probe} for role, probe in zip(("user", "assistant"), probes, strict=True)]
     try:
         text, _ = _Job(tokenizer, compile_template(tokenizer.chat_template), None, {}).raw(messages, False)
     except DataError:
         return None, None
-    at = text.find(probe)
-    if at < 0:
+    asked, answered = (text.find(probe) for probe in probes)
+    if not 0 <= asked < answered:
         return None, None
-    ids = tokenizer.special_id_of
-    after = [ids(text[a:b]) for a, b in tokenizer.find_specials(text) if a >= at]
-    before = [(a, b) for a, b in tokenizer.find_specials(text) if b <= at]
-    user = text.find("a") if "a" in text[:at] else 0
-    opens = [ids(text[a:b]) for a, b in before if a >= user]
-    end = after[0] if after else None
-    start = next((i for i in opens if i != end), None)
-    return start, end
+    found = [(start, tokenizer.special_id_of(text[start:stop])) for start, stop in tokenizer.find_specials(text)]
+    close = next((i for start, i in found if start > answered), None)
+    between = (i for start, i in found if asked < start < answered and i != close)
+    return next(between, None), close
 
 
 # -- messages
 
 
-def _checked(i: int, message: Any, mark: str) -> dict[str, Any]:
+def _checked(i: int, message: Any) -> dict[str, Any]:
     where = f"message {i}"
     if not isinstance(message, Mapping):
         raise DataError(
@@ -306,10 +302,13 @@ def _checked(i: int, message: Any, mark: str) -> dict[str, Any]:
             raise DataError("a part of the content is not text", where=where, fix='use {"type": "text", "text": ...}')
     plain = _plain(dict(message))
     for leaf in _leaves(plain):
-        if mark in leaf:
-            raise DataError(f"the text contains the noncharacter U+{ord(mark):X}", where=where, fix="remove it")
         if not leaf.isascii() and re.search("[\ud800-\udfff]", leaf):
             raise DataError("the text contains a lone surrogate", where=where, fix="read it with errors='replace'")
+    # Templates read reasoning under one of several names; transformers gives it under each.
+    names = ("reasoning_content", "thinking", "reasoning")
+    reasoning = next((plain[name] for name in names if plain.get(name) is not None), None)
+    if reasoning is not None:
+        plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
     return plain
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self, Union
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -19,17 +19,17 @@ class ByteBPE(Config):
     """Byte-level BPE: lossless on any text, no unknown token.
 
     ``split`` is the regular expression that cuts the text before merging; ``digits`` overrides how it cuts
-    numbers (one digit, groups of three, or the whole run). Pieces longer than ``max_piece_chars`` are cut, so
-    that one endless word costs linear time.
+    numbers (one digit, groups of three, or the whole run). While training, pieces longer than ``max_piece_chars``
+    are cut, so that one endless word costs linear time.
     Source: Radford et al. 2019, section 2.2.
     """
 
     kind: Literal["byte_bpe"] = "byte_bpe"
-    vocab_size: int = Field(8192, ge=len(SPECIALS) + BYTES)
+    vocab_size: int = Field(default=8192, ge=len(SPECIALS) + BYTES)
     split: Literal["gpt2", "qwen2", "llama3", "spaces"] = "qwen2"
     digits: Literal["auto", "one", "three", "run"] = "auto"
-    min_frequency: int = Field(2, ge=1)
-    max_piece_chars: int = Field(256, ge=1)
+    min_frequency: int = Field(default=2, ge=1)
+    max_piece_chars: int = Field(default=256, ge=1)
 
 
 class BPE(Config):
@@ -40,12 +40,12 @@ class BPE(Config):
     """
 
     kind: Literal["bpe"] = "bpe"
-    vocab_size: int = Field(8192, ge=len(SPECIALS) + 2)
-    alphabet_size: int = Field(2000, ge=1)
+    vocab_size: int = Field(default=8192, ge=len(SPECIALS) + 2)
+    alphabet_size: int = Field(default=2000, ge=1)
     byte_fallback: bool = False
     normalize: Normalize = "none"
-    min_frequency: int = Field(2, ge=1)
-    max_piece_chars: int = Field(256, ge=1)
+    min_frequency: int = Field(default=2, ge=1)
+    max_piece_chars: int = Field(default=256, ge=1)
 
     @model_validator(mode="after")
     def _room(self) -> Self:
@@ -61,16 +61,16 @@ class Unigram(Config):
     """
 
     kind: Literal["unigram"] = "unigram"
-    vocab_size: int = Field(8192, ge=len(SPECIALS) + 2)
-    seed_size: int = Field(100_000, ge=1)
-    keep: float = Field(0.8, gt=0, lt=1)
-    em_steps: int = Field(2, ge=1)
-    max_token_chars: int = Field(16, ge=1)
-    alphabet_size: int = Field(2000, ge=1)
+    vocab_size: int = Field(default=8192, ge=len(SPECIALS) + 2)
+    seed_size: int = Field(default=100_000, ge=1)
+    keep: float = Field(default=0.8, gt=0, lt=1)
+    em_steps: int = Field(default=2, ge=1)
+    max_token_chars: int = Field(default=16, ge=1)
+    alphabet_size: int = Field(default=2000, ge=1)
     byte_fallback: bool = False
     normalize: Normalize = "none"
-    train_chars: int = Field(4_000_000, ge=1)
-    max_piece_chars: int = Field(64, ge=1)
+    train_chars: int = Field(default=4_000_000, ge=1)
+    max_piece_chars: int = Field(default=64, ge=1)
 
     @model_validator(mode="after")
     def _room(self) -> Self:
@@ -85,11 +85,11 @@ class WordPiece(Config):
     """
 
     kind: Literal["wordpiece"] = "wordpiece"
-    vocab_size: int = Field(8192, ge=len(SPECIALS) + 2)
-    alphabet_size: int = Field(1000, ge=1)
+    vocab_size: int = Field(default=8192, ge=len(SPECIALS) + 2)
+    alphabet_size: int = Field(default=1000, ge=1)
     normalize: Normalize = "none"
-    min_frequency: int = Field(2, ge=1)
-    max_word_chars: int = Field(100, ge=1)
+    min_frequency: int = Field(default=2, ge=1)
+    max_word_chars: int = Field(default=100, ge=1)
 
 
 class Word(Config):
@@ -100,18 +100,18 @@ class Word(Config):
     """
 
     kind: Literal["word"] = "word"
-    vocab_size: int = Field(8192, ge=len(SPECIALS) + 2)
+    vocab_size: int = Field(default=8192, ge=len(SPECIALS) + 2)
     split: Literal["words", "whitespace"] = "words"
     normalize: Normalize = "none"
-    min_frequency: int = Field(1, ge=1)
+    min_frequency: int = Field(default=1, ge=1)
 
 
 class Character(Config):
     """One id per Unicode code point, the ``vocab_size`` most frequent ones; lossless on known characters."""
 
     kind: Literal["character"] = "character"
-    vocab_size: int = Field(4096, ge=len(SPECIALS) + 2)
-    min_frequency: int = Field(1, ge=1)
+    vocab_size: int = Field(default=4096, ge=len(SPECIALS) + 2)
+    min_frequency: int = Field(default=1, ge=1)
 
 
 class Byte(Config):
@@ -127,9 +127,18 @@ class Existing(Config):
     path: str
 
 
+CONFIGS: dict[str, type[Config]] = {
+    "byte_bpe": ByteBPE,
+    "bpe": BPE,
+    "unigram": Unigram,
+    "wordpiece": WordPiece,
+    "word": Word,
+    "character": Character,
+    "byte": Byte,
+    "existing": Existing,
+}
 TokenizerConfig = Annotated[
-    Union[ByteBPE, BPE, Unigram, WordPiece, Word, Character, Byte, Existing],  # noqa: UP007 - discriminated
-    Field(discriminator="kind"),
+    ByteBPE | BPE | Unigram | WordPiece | Word | Character | Byte | Existing, Field(discriminator="kind")
 ]
 
 

@@ -8,12 +8,14 @@ a budget; nothing grows past it.
 from __future__ import annotations
 
 import json
+import math
 import re
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 import jinja2.ext
@@ -94,7 +96,7 @@ class _Budget:
 class _Generation(jinja2.ext.Extension):
     """``{% generation %} ... {% endgeneration %}``: what the assistant wrote; its place in the text is noted."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: Any) -> Any:
         line = next(parser.stream).lineno
@@ -104,7 +106,7 @@ class _Generation(jinja2.ext.Extension):
     def _note(self, caller: Any) -> str:
         text = caller()
         box: _Box = self.environment  # type: ignore[assignment]
-        # The mark is a character no template or message contains; render() takes it out and notes the place.
+        # A character that neither template nor input contains; Template.render takes it out and notes the place.
         return f"{box.mark}{text}{box.mark}"
 
 
@@ -139,12 +141,14 @@ class _Box(jinja2.sandbox.ImmutableSandboxedEnvironment):
             cache_size=0,
         )
         self.budget = _Budget(0, 0)
-        self.mark = "\U0010fffe"
+        self.mark = ""
+        self.constant_chars = 0
         known = dict(self.filters)
         self.filters = {name: known[name] for name in FILTERS if name in known}
         self.filters |= {"tojson": self._tojson, "replace": self._replace, "join": self._join, "indent": self._indent}
         self.filters |= {"octavo_loop": self._loop, "octavo_pay": self._pay, "octavo_concat": self._concat}
         self.filters |= {"string": self._string, "bool": bool, "safe": lambda value: value}
+        self.filters |= {"round": self._round}
         names = {"range": self._range, "dict": lambda *a, **k: dict(*a, **k), "namespace": _Namespace}
         self.globals = {**names, "raise_exception": _raise, "strftime_now": _strftime_now}
 
@@ -158,7 +162,7 @@ class _Box(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 return attr in names or (kind is dict and not callable(value))
         return not callable(value) or attr in ("cycle", "changed", *METHODS_OTHER)
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - jinja's own form
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         budget = __self.budget
         budget.step()
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
@@ -239,6 +243,12 @@ class _Box(jinja2.sandbox.ImmutableSandboxedEnvironment):
             self.budget.text(self.budget.value(value) + len(d))
             parts.append(str(value))
         return d.join(parts)
+
+    def _round(self, value: float, precision: int = 0, method: str = "common") -> float:
+        if not 0 <= precision <= 30:
+            raise jinja2.TemplateError("round takes 0 to 30 digits")
+        scale = 10**precision
+        return round(value, precision) if method == "common" else getattr(math, method)(value * scale) / scale
 
     def _indent(self, text: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
         fill = width if isinstance(width, str) else " " * min(int(width), 1000)
@@ -322,8 +332,7 @@ class Template:
             )
         self._box = _Box()
         self.marks_generation = re.search(r"\{%-?\s*generation\b", source) is not None
-        if self._box.mark in source:
-            raise DataError(f"the chat template contains U+{ord(self._box.mark):X}, a noncharacter", fix="remove it")
+        self._source, self._lock = source, threading.Lock()
         try:
             self._template = self._box.from_string(source)
         except jinja2.TemplateSyntaxError as error:
@@ -331,33 +340,31 @@ class Template:
         except (RecursionError, MemoryError, SyntaxError, OverflowError, jinja2.TemplateError) as error:
             raise DataError(f"the chat template does not compile: {type(error).__name__}", fix="simplify it") from None
 
-    @property
-    def mark(self) -> str:
-        """The character that generation blocks are noted with; messages must not contain it."""
-        return self._box.mark
-
-    def render(
-        self, n_messages: int, input_chars: int, variables: Mapping[str, Any]
-    ) -> tuple[str, list[tuple[int, int]]]:
+    def render(self, n_messages: int, inputs: str, variables: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
         """The text, and the (start, stop) character spans of its generation blocks.
+
+        Args:
+            n_messages: number of messages, and ``inputs``, all text in them: they widen the budget.
+            variables: the names the template sees, of exact JSON types.
 
         Raises:
             jinja2.TemplateError: the template refuses its input, breaks a rule of the box or its budget.
         """
-        box = self._box
-        box.budget = _Budget(n_messages, input_chars)
-        out: list[str] = []
-        try:
-            for piece in self._template.generate(**variables):
-                box.budget.text(len(piece))
-                out.append(piece)
-        except (RecursionError, MemoryError) as error:
-            raise BudgetError(f"the template needs too much ({type(error).__name__})") from None
-        except jinja2.TemplateError:
-            raise
-        except Exception as error:  # noqa: BLE001 - a template can raise anything Python's operators raise
-            raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from None
-        parts = "".join(out).split(box.mark)
+        box, out = self._box, []
+        mark = next(m for m in map(chr, range(0x10FFFD, 0x100000, -1)) if m not in inputs and m not in self._source)
+        with self._lock:
+            box.mark, box.budget = mark, _Budget(n_messages, len(inputs))
+            try:
+                for piece in self._template.generate(**variables):
+                    box.budget.text(len(piece))
+                    out.append(piece)
+            except (RecursionError, MemoryError) as error:
+                raise BudgetError(f"the template needs too much ({type(error).__name__})") from None
+            except jinja2.TemplateError:
+                raise
+            except Exception as error:
+                raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from None
+        parts = "".join(out).split(mark)
         spans, at = [], 0
         for i, part in enumerate(parts):
             if i % 2:

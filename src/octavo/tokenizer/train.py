@@ -142,17 +142,23 @@ def _normalizer(name: str) -> Any:
     return {"nfc": normalizers.NFC, "nfkc": normalizers.NFKC}[name]()
 
 
+def _cap(chars: int) -> Any:
+    """Cuts pieces into stretches of at most ``chars``.
+
+    For training only, where every merge walks through the whole piece it is in; encoding is n log n in a piece.
+    """
+    from tokenizers import pre_tokenizers
+
+    return pre_tokenizers.FixedLength(chars)
+
+
 def _train_byte_bpe(config: ByteBPE, texts: Iterable[str]) -> dict[str, Any]:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     rust = Tokenizer(models.BPE())
-    rust.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(split_pattern(config)), "isolated"),
-            pre_tokenizers.FixedLength(config.max_piece_chars),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex(split_pattern(config)), "isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    rust.pre_tokenizer = pre_tokenizers.Sequence([split, _cap(config.max_piece_chars), level])
     rust.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
@@ -162,6 +168,7 @@ def _train_byte_bpe(config: ByteBPE, texts: Iterable[str]) -> dict[str, Any]:
         show_progress=False,
     )
     rust.train_from_iterator(_readable(texts), trainer)
+    rust.pre_tokenizer = pre_tokenizers.Sequence([split, level])
     return json.loads(rust.to_str())
 
 
@@ -175,16 +182,20 @@ def _byte_spec() -> dict[str, Any]:
     return base | {"pre_tokenizer": level, "post_processor": None, "decoder": level, "model": model}
 
 
-def _spaced(rust: Any, config: BPE | Unigram) -> None:
-    """Spaces as ``▁`` in front of words, nothing added or dropped, and the way back."""
+def _spaced(rust: Any, config: BPE | Unigram) -> Any:
+    """Spaces as ``▁`` in front of words, nothing added or dropped, and the way back.
+
+    Returns:
+        The pre-tokenizer to train with.
+    """
     from tokenizers import decoders, pre_tokenizers
 
-    space = pre_tokenizers.Metaspace(prepend_scheme="never")
-    rust.pre_tokenizer = pre_tokenizers.Sequence([space, pre_tokenizers.FixedLength(config.max_piece_chars)])
+    rust.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     steps = [decoders.Replace("▁", " "), *([decoders.ByteFallback()] if config.byte_fallback else []), decoders.Fuse()]
     rust.decoder = decoders.Sequence(steps)
     if config.normalize != "none":
         rust.normalizer = _normalizer(config.normalize)
+    return pre_tokenizers.Sequence([rust.pre_tokenizer, _cap(config.max_piece_chars)])
 
 
 def _byte_tokens(fallback: bool) -> list[str]:
@@ -195,7 +206,8 @@ def _train_bpe(config: BPE, texts: Iterable[str]) -> dict[str, Any]:
     from tokenizers import Tokenizer, models, trainers
 
     rust = Tokenizer(models.BPE(unk_token=UNKNOWN))
-    _spaced(rust, config)
+    capped = _spaced(rust, config)
+    final, rust.pre_tokenizer = rust.pre_tokenizer, capped
     spool = _Spool(texts, rust.normalizer)
     head = [*SPECIALS, UNKNOWN, *_byte_tokens(config.byte_fallback)]
     alphabet = sorted({"▁" if char == " " else char for char in spool.alphabet(config.alphabet_size)})
@@ -209,6 +221,7 @@ def _train_bpe(config: BPE, texts: Iterable[str]) -> dict[str, Any]:
     )
     limited = len(spool.chars) > config.alphabet_size
     rust.train_from_iterator((part for text in spool for part in _known(text, keep)) if limited else spool, trainer)
+    rust.pre_tokenizer = final
     spec = json.loads(rust.to_str())
     spec["model"]["byte_fallback"] = config.byte_fallback
     return spec
@@ -233,11 +246,11 @@ def _train_unigram(config: Unigram, texts: Iterable[str]) -> dict[str, Any]:
     from octavo.tokenizer.unigram_train import train_pieces
 
     rust = Tokenizer(models.Unigram())
-    _spaced(rust, config)
+    capped = _spaced(rust, config)
     words: Counter[str] = Counter()
     for text in _readable(texts):
         text = rust.normalizer.normalize_str(text) if rust.normalizer else text
-        words.update(piece for piece, _ in rust.pre_tokenizer.pre_tokenize_str(text))
+        words.update(piece for piece, _ in capped.pre_tokenize_str(text))
     head = [*SPECIALS, UNKNOWN, *_byte_tokens(config.byte_fallback)]
     pieces = train_pieces(
         words,
@@ -294,7 +307,7 @@ def _train_words(config: Word | Character, texts: Iterable[str]) -> dict[str, An
 
     rust = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
     if isinstance(config, Character):
-        rust.pre_tokenizer = pre_tokenizers.Split(Regex(r"(?m:.)|\n"), "isolated")
+        rust.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         rust.decoder = decoders.Fuse()
     elif config.split == "words":
         rust.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\p{L}\p{M}\p{N}]+|\s+|[^\p{L}\p{M}\p{N}\s]"), "isolated")

@@ -65,7 +65,7 @@ def train_pieces(
     for char in sorted(known.difference("".join(chosen))):  # a letter of words that were left out
         chosen.append(char)
     pieces, scores, graph, inner = _seed(
-        chosen, np.array([parts[part] for part in chosen], np.float64), seed_size, max_chars
+        chosen, np.array([parts[part] or 1 for part in chosen], np.float64), seed_size, max_chars
     )
     is_letter = np.array([len(piece) == 1 for piece in pieces])
     alive = np.ones(len(pieces), bool)

@@ -133,8 +133,10 @@ class Trainer:
         named = [(n, g) for group in groups for n, g in zip(group.names, group.views(group.total), strict=True)]
         norms = {name: float(grad.norm()) for name, grad in named}
         bad = {name: value for name, value in norms.items() if not math.isfinite(value)}
-        write_json(where, {"step": step, "seed": self.seed, "loss": repr(loss), "grad_norm": repr(norm),
-                           "not_finite": sorted(bad), "grad_norms": {n: repr(v) for n, v in norms.items()}})  # fmt: skip
+        write_json(where, {
+                           "step": step, "seed": self.seed, "loss": repr(loss), "grad_norm": repr(norm),
+                           "not_finite": sorted(bad), "grad_norms": {n: repr(v) for n, v in norms.items()},
+        })  # fmt: skip
         self.optimizer.clear()
         self.skipped = [s for s in self.skipped if s > step - 100] + [step]
         if self.config.on_nan == "stop" or len(self.skipped) > self.config.max_skips:

@@ -15,7 +15,6 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from octavo.nn.projection import Embedding, Projection
 from octavo.schema import Config
 
 
@@ -33,10 +32,10 @@ class OptimizerConfig(Config):
     """What every optimizer has. weight_decay acts on weight products and tables except ``no_decay_roles``."""
 
     kind: str
-    lr: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    lr: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     no_decay_roles: tuple[str, ...] = ("norm", "bias", "other", "embed", "position")
-    lr_scale: dict[str, float] = Field({}, description="a factor of lr by role")
+    lr_scale: dict[str, float] = Field(default={}, description="a factor of lr by role")
 
 
 class _Group:
@@ -147,11 +146,11 @@ class AdamW(Optimizer):
 
     class Config(OptimizerConfig):
         kind: Literal["adamw"] = "adamw"
-        lr: float = Field(1e-3, gt=0)
-        weight_decay: float = Field(0.1, ge=0)
-        beta1: float = Field(0.9, ge=0, lt=1)
-        beta2: float = Field(0.95, ge=0, lt=1)
-        eps: float = Field(1e-8, gt=0)
+        lr: float = Field(default=1e-3, gt=0)
+        weight_decay: float = Field(default=0.1, ge=0)
+        beta1: float = Field(default=0.9, ge=0, lt=1)
+        beta2: float = Field(default=0.95, ge=0, lt=1)
+        eps: float = Field(default=1e-8, gt=0)
 
     @torch.no_grad()
     def update(self, master: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, decay: float) -> None:
@@ -170,8 +169,8 @@ class Sgd(Optimizer):
 
     class Config(OptimizerConfig):
         kind: Literal["sgd"] = "sgd"
-        lr: float = Field(0.1, gt=0)
-        momentum: float = Field(0.0, ge=0, lt=1)
+        lr: float = Field(default=0.1, gt=0)
+        momentum: float = Field(default=0.0, ge=0, lt=1)
 
     @torch.no_grad()
     def update(self, master: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, decay: float) -> None:

@@ -15,7 +15,7 @@ class Schedule:
 
     class Config(Config):
         kind: str
-        warmup: int = Field(0, ge=0, description="steps of linear rise")
+        warmup: int = Field(default=0, ge=0, description="steps of linear rise")
 
     def __init__(self, config: Schedule.Config):
         self.config = config
@@ -43,7 +43,7 @@ class Cosine(Schedule):
 
     class Config(Schedule.Config):
         kind: Literal["cosine"] = "cosine"
-        final: float = Field(0.1, ge=0, le=1)
+        final: float = Field(default=0.1, ge=0, le=1)
 
     def after_warmup(self, progress: float) -> float:
         final = self.config.final  # type: ignore[attr-defined]
@@ -55,7 +55,7 @@ class Linear(Schedule):
 
     class Config(Schedule.Config):
         kind: Literal["linear"] = "linear"
-        final: float = Field(0.0, ge=0, le=1)
+        final: float = Field(default=0.0, ge=0, le=1)
 
     def after_warmup(self, progress: float) -> float:
         return 1 - (1 - self.config.final) * progress  # type: ignore[attr-defined]
@@ -66,8 +66,8 @@ class WarmupStableDecay(Schedule):
 
     class Config(Schedule.Config):
         kind: Literal["wsd"] = "wsd"
-        decay: float = Field(0.3, gt=0, le=1)
-        final: float = Field(0.0, ge=0, le=1)
+        decay: float = Field(default=0.3, gt=0, le=1)
+        final: float = Field(default=0.0, ge=0, le=1)
 
     def after_warmup(self, progress: float) -> float:
         config = self.config

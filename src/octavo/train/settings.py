@@ -20,30 +20,30 @@ class TrainConfig(Config):
     gradient is the same for any value. ``auto`` choices are made once and frozen in the run's recipe.
     """
 
-    steps: int = Field(1000, ge=1)
-    step_tokens: int = Field(8192, ge=1, description="tokens per optimizer step")
+    steps: int = Field(default=1000, ge=1)
+    step_tokens: int = Field(default=8192, ge=1, description="tokens per optimizer step")
     update: Literal["mini_batch", "per_sample", "full_batch"] = "mini_batch"
-    micro_batch_rows: int | None = Field(None, ge=1, description="rows computed at once; default: all of a step")
-    seq_len: int | None = Field(None, ge=2, description="tokens a row; default: the model's max_seq_len")
+    micro_batch_rows: int | None = Field(default=None, ge=1, description="rows computed at once; default: all")
+    seq_len: int | None = Field(default=None, ge=2, description="tokens a row; default: the model's max_seq_len")
     objective: one_of(OBJECTIVES) = CausalLikelihood.Config()  # type: ignore[valid-type]
     optimizer: one_of(OPTIMIZERS, default="adamw") = AdamW.Config()  # type: ignore[valid-type]
     schedule: one_of(SCHEDULES) = Cosine.Config()  # type: ignore[valid-type]
-    clip_norm: float | None = Field(1.0, gt=0, description="longest gradient (l2 norm); null: no limit")
+    clip_norm: float | None = Field(default=1.0, gt=0, description="longest gradient (l2 norm); null: no limit")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: Literal["auto", "step", "off"] = "auto"
-    threads: int | None = Field(None, ge=1, description="default: the cores of this process")
-    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?|mps)$")
-    activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass")
+    threads: int | None = Field(default=None, ge=1, description="default: the cores of this process")
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?|mps)$")
+    activation_checkpointing: bool = Field(default=False, description="recompute each block in the backward pass")
     on_nan: Literal["stop", "skip"] = "stop"
-    max_skips: int = Field(10, ge=1, description="with on_nan skip: more than this many in 100 steps stop the run")
-    log_every: int = Field(10, ge=1)
-    valid_every: int = Field(100, ge=1)
-    valid_batches: int = Field(8, ge=0, description="batches of held-out rows per validation; 0: none")
-    sample_every: int = Field(200, ge=1)
+    max_skips: int = Field(default=10, ge=1, description="with on_nan skip: more in 100 steps stop the run")
+    log_every: int = Field(default=10, ge=1)
+    valid_every: int = Field(default=100, ge=1)
+    valid_batches: int = Field(default=8, ge=0, description="batches of held-out rows per validation; 0: none")
+    sample_every: int = Field(default=200, ge=1)
     sample_prompts: tuple[str, ...] = ()
-    sample_tokens: int = Field(48, ge=1)
-    save_every: int = Field(200, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
+    sample_tokens: int = Field(default=48, ge=1)
+    save_every: int = Field(default=200, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
     tensorboard: bool = False
 
     @model_validator(mode="after")
