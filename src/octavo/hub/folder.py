@@ -144,8 +144,12 @@ def _check(own: Mapping[str, Tensor], found: dict[str, Tensor], folder: Path) ->
 
 def _refuse(folder: Path, missing: list[str], extra: list[str], wrong: list[str]) -> None:
     """An error that lists what does not match, if anything does not."""
-    problems = [f"{what}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''} ({len(names)})"
-                for what, names in (("missing", missing), ("not used", extra), ("of another shape", wrong)) if names]  # fmt: skip
+    lists = {"missing": missing, "not used": extra, "of another shape": wrong}
+    problems = [
+        f"{what}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''} ({len(names)})"
+        for what, names in lists.items()
+        if names
+    ]
     if problems:
         raise CheckpointError(
             f"{folder}: the tensors do not match config.json; {'; '.join(problems)}",

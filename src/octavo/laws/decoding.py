@@ -54,7 +54,7 @@ def _padded_in_chunks(subject: Subject) -> None:
 
 
 def state(subject: Subject) -> None:
-    """snapshot and restore go back; truncate forgets, or says that it cannot and changes nothing; rows can be copied."""
+    """snapshot and restore go back; truncate forgets, or refuses and changes nothing; rows can be copied."""
     T, tokens = subject.n_tokens, subject.tokens(2)
     k = T - 4
     doc_ids = torch.stack([torch.arange(T) // 4, torch.zeros(T, dtype=torch.long)])
