@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -109,7 +110,7 @@ RECIPE = {
     "name": "quick 中",
     "seed": 1,
     "data": {"sources": [{"kind": "folder", "path": "a"}], "dedup": True},
-    "train": {"learning_rate": 3e-4, "steps": 100, "log_every_steps": 10, "betas": [0.9, 0.95]},
+    "train": {"optimizer": {"lr": 3e-4, "betas": [0.9, 0.95]}, "steps": 100, "log_every": 10},
 }
 
 
@@ -138,7 +139,7 @@ def test_differences_are_listed_and_those_that_change_the_run_are_refused(tmp_pa
     run.write_recipe(RECIPE)
     other = changed(
         seed=True,
-        train={"log_every_steps": 5, "steps": 200, "betas": [0.9, 0.99]},
+        train={"log_every": 5, "steps": 200, "optimizer": {"lr": 3e-4, "betas": [0.9, 0.99]}},
         data={"sources": [{"kind": "folder", "path": "b"}, {"kind": "folder", "path": "c"}]},
         model={"d_model": 8},
     )
@@ -149,7 +150,7 @@ def test_differences_are_listed_and_those_that_change_the_run_are_refused(tmp_pa
     for line in (
         "seed: 1 -> true",
         "train.steps: 100 -> 200",
-        "train.betas: [0.9, 0.95] -> [0.9, 0.99]",
+        "train.optimizer.betas: [0.9, 0.95] -> [0.9, 0.99]",
         'data.sources.0.path: "a" -> "b"',
         'data.sources.1: (absent) -> {"kind": "folder", "path": "c"}',
         'model: (absent) -> {"d_model": 8}',
@@ -163,12 +164,14 @@ def test_differences_are_listed_and_those_that_change_the_run_are_refused(tmp_pa
 def test_free_and_allowed_differences_are_noted_and_recorded(tmp_path):
     run = RunFolder(tmp_path)
     run.write_recipe(RECIPE)
-    other = changed(train={"log_every_steps": 5, "steps": 200}, data={"dedup": False}, eval={"tasks": ["a"]})
-    with pytest.raises(ConfigErrors):
+    other = changed(train={"log_every": 5, "steps": 200}, data={"dedup": False}, eval={"tasks": ["a"]})
+    with pytest.raises(ConfigErrors) as caught:
         run.write_recipe(other, allow=["train.step", "data.de"])
-    notes = run.write_recipe(changed(train={"log_every_steps": 5}))
-    assert notes == ["train.log_every_steps: 10 -> 5"]
-    notes = run.write_recipe(other, allow=["train.steps", "data"], free=["eval"])
+    assert [error.what.partition(":")[0] for error in caught.value.errors] == ["data.dedup", "train.steps"]
+    notes = run.write_recipe(changed(train={"log_every": 5, "optimizer": {"lr": 1e-3, "betas": [0.9, 0.95]}}))
+    assert notes == ["train.optimizer.lr: 0.0003 -> 0.001", "train.log_every: 10 -> 5"]
+    run.write_recipe(changed(train={"log_every": 5}))
+    notes = run.write_recipe(other, allow=["train.steps", "data"])
     assert notes == [
         "data.dedup: true -> false",
         "train.steps: 100 -> 200",
@@ -274,6 +277,32 @@ def test_lines_survive_a_kill_and_step_0_empties_the_file(tmp_path):
         metrics.write({"step": 1, "loss": float("nan"), "norm": float("inf"), "kind": "中"})
     assert read_metrics(path) == [{"step": 1, "loss": None, "norm": None, "kind": "中"}]
     assert read_metrics(tmp_path / "none") == []
+
+
+def test_a_full_disk_is_a_resource_error_and_the_half_line_goes(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+
+    def work() -> None:
+        with MetricsFile(path) as metrics:
+            metrics.write(line(1))
+            (tmp_path / "position").write_text(json.dumps(metrics.position()))
+            size = path.stat().st_size + 5
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+            metrics.write(line(2))
+
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        except ResourceError as error:
+            os._exit(error.exit_code)
+        finally:
+            os._exit(99)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 6
+    assert read_metrics(path) == [line(1)] and not path.read_bytes().endswith(b"\n")
+    with MetricsFile(path, json.loads((tmp_path / "position").read_text())) as metrics:
+        metrics.write(line(2))
+    assert read_metrics(path) == [line(1), line(2)]
 
 
 @pytest.mark.parametrize("damaged", ["shorter", "other"])

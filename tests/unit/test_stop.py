@@ -70,6 +70,16 @@ def test_a_signal_sets_the_flag_and_the_old_handlers_come_back():
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+def test_a_notice_that_cannot_be_printed_does_not_end_the_run(capfd):
+    def reentered(text: str) -> None:
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
+    with StopSignal(notify=reentered) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+    assert "SIGTERM: stopping after this step" in capfd.readouterr().err
+
+
 def test_outside_the_main_thread_only_the_time_limit_works():
     seen = []
 
