@@ -1,7 +1,6 @@
 """A model on disk, talked to through every door: octavo.load, the verbs, and a served endpoint."""
 
 import io
-import os
 import signal
 import subprocess
 import sys
@@ -11,8 +10,10 @@ import openai
 import pytest
 import torch
 import transformers
+from scripted import Scripted
 
 import octavo
+from octavo.cli.chat import converse
 from octavo.cli.main import main
 from octavo.infer.generate import generate
 from octavo.infer.sampling import SamplingConfig
@@ -111,6 +112,63 @@ def test_chat_from_a_script(folder: Path, capsys: pytest.CaptureFixture[str], mo
     assert talk("/help").startswith("Enter sends")
 
 
+class Keyboard(io.StringIO):
+    """A terminal at which the given lines are typed."""
+
+    def __init__(self, *typed: str | type[BaseException]):
+        super().__init__()
+        self.typed = list(typed)
+
+    def isatty(self) -> bool:
+        return True
+
+    def ask(self, prompt: str) -> str:
+        line = self.typed.pop(0) if self.typed else EOFError
+        if isinstance(line, str):
+            return line
+        raise line
+
+
+def at_keyboard(monkeypatch: pytest.MonkeyPatch, *typed: str | type[BaseException]) -> None:
+    keyboard = Keyboard(*typed)
+    monkeypatch.setattr(sys, "stdin", keyboard)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", keyboard.ask)
+
+
+def test_chat_at_a_terminal(
+    tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Scripted(
+        [*tokenizer.encode("Yes, of course."), tokenizer.special.eos], tokenizer.vocab_size, max_seq_len=120
+    )
+    at_keyboard(monkeypatch, "hello", "again", "x " * 200, "/reset", "hello", "/exit", "never asked")
+    converse(model, tokenizer, SamplingConfig(temperature=0), name="tiny")
+    said = capsys.readouterr().out
+    assert said.count("Yes, of course.") == 3  # the message that does not fit is refused and forgotten
+    assert "the model's context is 120" in said and "begins anew" in said and "cut off" not in said
+    at_keyboard(monkeypatch, "hello", KeyboardInterrupt, "never asked")
+    converse(model, tokenizer, SamplingConfig(temperature=0, max_new_tokens=2), name="tiny")
+    assert "[cut off at the limit]" in capsys.readouterr().out
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_chat(
+    tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted(Scripted):
+        def __call__(self, *args, **more):
+            if self.n_passes == 3:
+                self.n_passes += 1
+                raise KeyboardInterrupt
+            return super().__call__(*args, **more)
+
+    model = Interrupted([*tokenizer.encode("ABCDEFG"), tokenizer.special.eos], tokenizer.vocab_size)
+    at_keyboard(monkeypatch, "hello", "again")
+    converse(model, tokenizer, SamplingConfig(temperature=0), name="tiny")
+    said = capsys.readouterr().out
+    assert "ABC" in said and "[stopped]" in said and "ABCDEFG" in said
+
+
 def test_a_conversation_that_is_too_long_is_refused(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,13 +203,13 @@ def test_serve_refuses_an_open_door(folder: Path, capsys: pytest.CaptureFixture[
     assert main(["serve", str(folder), "--api-key", " "]) == 2
 
 
-def test_serve(folder: Path) -> None:
+def test_serve(folder: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "octavo", "serve", str(folder), "--port", "0"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        cwd=tmp_path,
     )
     try:
         assert process.stdout is not None and process.stderr is not None
