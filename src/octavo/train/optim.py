@@ -39,19 +39,21 @@ class OptimizerConfig(Config):
 
 
 class _Group:
-    """Parameters that share a rate and a decay, as views of flat buffers."""
+    """Parameters that share a rule, a decay and a rate, as views of flat buffers."""
 
-    def __init__(self, named: list[tuple[str, nn.Parameter]], dtype: torch.dtype, decay: float, scale: float):
-        self.decay, self.scale = decay, scale
+    def __init__(
+        self, named: list[tuple[str, nn.Parameter]], dtype: torch.dtype, rule: str, decay: float, scale: float
+    ):
+        self.rule, self.decay, self.scale = rule, decay, scale
         self.names = [name for name, _ in named]
         self.parameters = [p for _, p in named]
         self.shapes = [tuple(p.shape) for p in self.parameters]
-        device = named[0][1].device
-        self.master = torch.cat([p.detach().float().flatten() for _, p in named])
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.master = torch.cat([p.detach().to(wide).flatten() for _, p in named])
         # In fp32 the weights are the masters; in 16 bits they are their rounded copy.
-        self.weights = self.master if dtype == torch.float32 else self.master.to(dtype)
+        self.weights = self.master if dtype == wide else self.master.to(dtype)
         self.grads = torch.zeros_like(self.weights)
-        self.total = self.grads if dtype == torch.float32 else torch.zeros_like(self.master, device=device)
+        self.total = self.grads if dtype == wide else torch.zeros_like(self.master)
         for (_, parameter), weight, grad in zip(named, self.views(self.weights), self.views(self.grads), strict=True):
             parameter.data = weight
             parameter.grad = grad
@@ -72,15 +74,20 @@ class Optimizer(ABC):
     def __init__(self, config: OptimizerConfig, model: nn.Module, dtype: torch.dtype = torch.float32):
         self.config = config
         roles = role_of(model)
-        members: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
+        members: dict[tuple[str, float, float], list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 role = roles[name]
                 decay = 0.0 if role in config.no_decay_roles else config.weight_decay
-                members.setdefault((decay, config.lr_scale.get(role, 1.0)), []).append((name, parameter))
+                key = (self.rule_of(parameter, role), decay, config.lr_scale.get(role, 1.0))
+                members.setdefault(key, []).append((name, parameter))
         self.groups = [_Group(named, dtype, *key) for key, named in members.items()]
         self.state = [{name: torch.zeros_like(g.master) for name in self.moments} for g in self.groups]
         self.updates = 0
+
+    def rule_of(self, parameter: nn.Parameter, role: str) -> str:
+        """Which of the optimizer's rules updates a parameter; one rule by default."""
+        return ""
 
     def gather(self) -> None:
         """Add the gradients of a micro-batch to the fp32 total and clear them."""
@@ -99,7 +106,7 @@ class Optimizer(ABC):
         for group, state in zip(self.groups, self.state, strict=True):
             if clip_scale != 1.0:
                 group.total.mul_(clip_scale)
-            self.update(group.master, group.total, state, lr * group.scale, group.decay)
+            self.update(group, state, lr * group.scale)
             if group.weights is not group.master:
                 group.weights.copy_(group.master)
         self.clear()
@@ -111,8 +118,8 @@ class Optimizer(ABC):
             group.total.zero_()
 
     @abstractmethod
-    def update(self, master: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, decay: float) -> None:
-        """One update of a flat fp32 ``master`` in place."""
+    def update(self, group: _Group, state: dict[str, Tensor], lr: float) -> None:
+        """One update of ``group.master`` in place from ``group.total``."""
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Master weights as ``model/NAME`` and moments as ``optimizer/MOMENT/NAME``, views into the buffers."""
@@ -153,13 +160,72 @@ class AdamW(Optimizer):
         eps: float = Field(default=1e-8, gt=0)
 
     @torch.no_grad()
-    def update(self, master: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, decay: float) -> None:
-        config = self.config
+    def update(self, group: _Group, state: dict[str, Tensor], lr: float) -> None:
+        self.adam(group, state, lr)
+
+    def adam(self, group: _Group, state: dict[str, Tensor], lr: float) -> None:
+        """The update itself, also for the parameters that another rule leaves to Adam."""
+        config, step = self.config, torch.tensor(float(self.updates - 1), device=group.master.device)
         adamw(
-            [master], [grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [torch.tensor(float(self.updates - 1))],
-            fused=True, amsgrad=False, maximize=False, lr=lr, weight_decay=decay,
+            [group.master], [group.total], [state["exp_avg"]], [state["exp_avg_sq"]], [], [step],
+            fused=True, amsgrad=False, maximize=False, lr=lr, weight_decay=group.decay,
             beta1=config.beta1, beta2=config.beta2, eps=config.eps,  # type: ignore[attr-defined]
         )  # fmt: skip
+
+
+def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrix of each of (n, a, b), roughly: singular values go to about 1.
+
+    The quintic Newton-Schulz iteration of Jordan et al. 2024 (Muon), with their coefficients: it does not
+    converge to 1 exactly, it brings every singular value into [0.7, 1.2] in few products.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.transpose(-1, -2) if wide else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.transpose(-1, -2)
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.transpose(-1, -2) if wide else x
+
+
+class Muon(AdamW):
+    """Orthogonalised momentum for the matrices inside the blocks, AdamW for the rest.
+
+    ``lr`` is that of the matrices, whose update has a root-mean-square of 0.2 as Adam's has (Liu et al. 2025,
+    section 2.2), so that one rate and one decay serve both rules; ``other_scale`` multiplies it for tables,
+    norms, biases and the head. Source: Jordan et al. 2024.
+    """
+
+    moments = ("exp_avg", "exp_avg_sq")
+
+    class Config(AdamW.Config):
+        kind: Literal["muon"] = "muon"  # type: ignore[assignment]
+        lr: float = Field(default=3e-3, gt=0)
+        momentum: float = Field(default=0.95, ge=0, lt=1)
+        steps: int = Field(default=5, ge=1, description="Newton-Schulz steps")
+        other_scale: float = Field(default=1.0, gt=0, description="a factor of lr for what is not a matrix")
+
+    def rule_of(self, parameter: nn.Parameter, role: str) -> str:
+        return "adam" if parameter.ndim != 2 or role in ("embed", "position", "head") else "muon"
+
+    @torch.no_grad()
+    def update(self, group: _Group, state: dict[str, Tensor], lr: float) -> None:
+        config = self.config
+        if group.rule == "adam":
+            self.adam(group, state, lr * config.other_scale)  # type: ignore[attr-defined]
+            return
+        beta = config.momentum  # type: ignore[attr-defined]
+        momentum = state["exp_avg"].lerp_(group.total, 1 - beta)
+        ahead = group.total.lerp(momentum, beta)  # Nesterov's look ahead
+        group.master.mul_(1 - lr * group.decay)
+        weights, directions = group.views(group.master), group.views(ahead)
+        for shape in dict.fromkeys(group.shapes):  # equal shapes go through the products together
+            here = [i for i, other in enumerate(group.shapes) if other == shape]
+            turned = orthogonalise(torch.stack([directions[i] for i in here]), config.steps)  # type: ignore[attr-defined]
+            scale = 0.2 * max(shape) ** 0.5
+            for i, direction in zip(here, turned, strict=True):
+                weights[i].add_(direction, alpha=-lr * scale)
 
 
 class Sgd(Optimizer):
@@ -173,12 +239,11 @@ class Sgd(Optimizer):
         momentum: float = Field(default=0.0, ge=0, lt=1)
 
     @torch.no_grad()
-    def update(self, master: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, decay: float) -> None:
-        if decay:
-            grad = grad.add(master, alpha=decay)
+    def update(self, group: _Group, state: dict[str, Tensor], lr: float) -> None:
+        grad = group.total.add(group.master, alpha=group.decay) if group.decay else group.total
         if self.config.momentum:  # type: ignore[attr-defined]
             grad = state["momentum"].mul_(self.config.momentum).add_(grad)  # type: ignore[attr-defined]
-        master.add_(grad, alpha=-lr)
+        group.master.add_(grad, alpha=-lr)
 
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "sgd": Sgd}
+OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "muon": Muon, "sgd": Sgd}
