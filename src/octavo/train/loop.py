@@ -261,7 +261,7 @@ class Trainer:
             "random": capture_random(),
         }
 
-    def _save(self, metrics: MetricsFile) -> None:
+    def _save(self, metrics: MetricsFile, *, last: bool = False) -> None:
         held = self.held
         if self.last_saved == self.step:
             return
@@ -278,7 +278,7 @@ class Trainer:
         except ResourceError as error:
             # One failed save loses nothing yet: the disk may have room again at the next.
             self.failed_saves += 1
-            if self.failed_saves >= MAX_FAILED_SAVES or self.step == self.config.steps:
+            if last or self.failed_saves >= MAX_FAILED_SAVES or self.step == self.config.steps:
                 raise
             held.console.warn(str(error))
 
@@ -302,6 +302,11 @@ class Trainer:
                 f"{found.path} holds other weights than this model: {', '.join(wrong[:5])}",
                 fix="use a new run folder for another model",
             )
+        if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+            raise CheckpointError(
+                f"{found.path} holds numbers that are not finite: {', '.join(bad[:5])}",
+                fix="remove this step, the one before it is then gone on from",
+            )
         self.optimizer.restore(tensors, state["updates"])
         self.step, self.tokens_seen, self.skipped = state["step"], state["tokens_seen"], state["skipped"]
         self.last_saved = self.step
@@ -311,7 +316,7 @@ class Trainer:
         return state["metrics"]
 
     def _stop(self, metrics: MetricsFile) -> None:
-        self._save(metrics)
+        self._save(metrics, last=True)
         raise StopRequested(
             f"{self.held.stop.reason}, saved at step {self.step} of {self.config.steps}",
             fix=f"go on with {self.held.resume_command}",
