@@ -164,7 +164,7 @@ def test_saved_here_it_loads_there(pair, tmp_path, shard_bytes):
     from octavo.infer.generate import generate
     from octavo.infer.sampling import SamplingConfig
 
-    theirs, ours, folder = pair
+    theirs, ours, _ = pair
     target = tmp_path / "ours"
     family = save_model(ours, target, shard_bytes=shard_bytes)
     assert (len(list(target.glob("*.safetensors"))) > 1) == (shard_bytes < 10**9)
