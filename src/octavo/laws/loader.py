@@ -44,7 +44,26 @@ def shifted(loader: Any, steps: int) -> None:
         require(bool(same[here].all()), f"step {step}: a target is not the next token")
 
 
-def check_loader(loader: Any, steps: int = 6) -> list[LawResult]:
-    """Every law of loaders; ``loader`` has ``batch(step, rank=0, world=1)`` giving numpy arrays by name."""
+def epochs(loader: Any, steps: int) -> None:
+    """One pass gives every row once; the next gives the same rows in another order."""
+    n = loader.n_rows
+    two_passes = -(-2 * n // loader.rows)
+    rows = [row.tobytes() for step in range(two_passes) for row in loader.batch(step)["tokens"]][: 2 * n]
+    first, second = rows[:n], rows[n:]
+    require(sorted(first) == sorted(second), "the second pass does not give the rows of the first")
+    require(first != second, "two passes have the same order")
+
+
+def check_loader(loader: Any, steps: int = 6, *, same_rows: bool = False) -> list[LawResult]:
+    """Every law of loaders.
+
+    Args:
+        loader: has ``batch(step, rank=0, world=1)``, giving numpy arrays by name, ``n_rows`` of a pass, ``rows`` of
+            a step.
+        steps: how many steps to look at.
+        same_rows: every pass has the same rows (whole samples, not a stream that is cut anew): then ``epochs``
+            is asked too.
+    """
     laws = {"resumed": resumed, "partitioned": partitioned, "shifted": shifted}
-    return [verdict(name, law, loader, steps) for name, law in laws.items()]
+    found = [verdict(name, law, loader, steps) for name, law in laws.items()]
+    return [*found, verdict("epochs", epochs, loader, steps, asked=same_rows)]

@@ -84,19 +84,40 @@ def rows(subject: Subject) -> None:
 
 
 def gradients(subject: Subject) -> None:
-    """Every parameter gets a finite gradient that is not all zero."""
-    model, tokens = subject.model, subject.tokens(3)
-    model.zero_grad()
-    outputs = model(Inputs(tokens[:, :-1]))
-    losses = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
-    (losses + sum(value.sum() for value in outputs.aux.values())).backward()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            require(parameter.grad is not None, f"{name} gets no gradient")
-            gradient = typing.cast(Tensor, parameter.grad)
-            require(bool(torch.isfinite(gradient).all()), f"the gradient of {name} is not finite")
-            require(bool((gradient != 0).any()), f"the gradient of {name} is all zero")
-    model.zero_grad()
+    """Every parameter gets a finite gradient that is not all zero, and it is the derivative of the loss."""
+    model, tokens = subject.fresh(), subject.tokens(3)
+
+    def loss() -> Tensor:
+        outputs = model(Inputs(tokens[:, :-1]))
+        ce = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+        return ce + sum(value.sum() for value in outputs.aux.values())
+
+    loss().backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in trained.items():
+        require(parameter.grad is not None, f"{name} gets no gradient")
+        gradient = typing.cast(Tensor, parameter.grad)
+        require(bool(torch.isfinite(gradient).all()), f"the gradient of {name} is not finite")
+        require(bool((gradient != 0).any()), f"the gradient of {name} is all zero")
+
+    def slope(along: dict[str, Tensor], step: float) -> Tensor:
+        """The central difference of the loss in a direction."""
+        sides = []
+        for sign in (1, -2, 1):  # forward, back past the start, and home
+            for name, direction in along.items():
+                trained[name].add_(direction, alpha=sign * step)
+            sides.append(loss())
+        return (sides[0] - sides[1]) / (2 * step)
+
+    generator = torch.Generator().manual_seed(5)
+    directions = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in trained.items()}
+    with torch.no_grad():
+        parts = {n: (typing.cast(Tensor, trained[n].grad) * d).sum() for n, d in directions.items()}
+        predicted, seen = float(torch.stack(list(parts.values())).sum()), float(slope(directions, 1e-6))
+        if abs(predicted - seen) > 1e-4 * max(1.0, abs(seen)):
+            off = {n: abs(float(slope({n: d}, 1e-6)) - float(parts[n])) for n, d in directions.items()}
+            worst = max(off, key=off.__getitem__)
+            require(False, f"the gradient is not the derivative of the loss, most of all for {worst}")
 
 
 def deterministic(subject: Subject) -> None:
