@@ -295,9 +295,9 @@ class Trainer:
                 f"{found.path} was trained on other data or with another seed than this run has",
                 fix="use a new run folder, or restore the data it was trained on",
             )
-        names = {name for name, _ in self.optimizer.tensors()}
-        if names != set(tensors):
-            wrong = sorted(names.symmetric_difference(tensors))
+        own = {name: tensor.shape for name, tensor in self.optimizer.tensors()}
+        if own != (saved := {name: tensor.shape for name, tensor in tensors.items()}):
+            wrong = sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name))
             raise CheckpointError(
                 f"{found.path} holds other weights than this model: {', '.join(wrong[:5])}",
                 fix="use a new run folder for another model",
