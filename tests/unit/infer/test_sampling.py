@@ -40,7 +40,7 @@ def test_temperature_limits(logits: torch.Tensor) -> None:
     torch.testing.assert_close(probs(sampling.with_temperature(logits, math.inf)), torch.full((6, 97), 1 / 97))
     logits[:, 5] = -math.inf
     for temperature in (1e-5, 1.0, 1e30, math.inf):  # small ones must not overflow, none may bring a token back
-        kept = probs(sampling.with_temperature(logits * 1e3, temperature))
+        kept = probs(sampling.with_temperature(logits * 1e36, temperature))
         assert bool(kept.isfinite().all()) and float(kept[:, 5].sum()) == 0
 
 
@@ -105,6 +105,18 @@ def test_draw_follows_the_distribution() -> None:
     assert counts[1] == 0
     chi_square = ((counts - 4000 * wanted) ** 2 / (4000 * wanted))[wanted > 0].sum()
     assert chi_square < 13.8  # two degrees of freedom, one in a thousand; the seed is fixed
+
+
+def test_an_impossible_token_is_not_drawn_even_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.zeros((), dtype=torch.float64))
+    streams = sampling.generators(SamplingConfig(seed=1), 1)
+    assert int(sampling.draw(torch.tensor([[-math.inf, -math.inf, 0.0, 1.0]]), streams)) == 2
+
+
+def test_one_token_always_stays(logits: torch.Tensor) -> None:
+    for kept in (sampling.keep_top_p(logits, 1e-12), sampling.keep_min_p(logits, 1.0), sampling.keep_top_k(logits, 1)):
+        assert torch.equal((kept > -math.inf).sum(-1), torch.ones(6, dtype=torch.long))
+        assert torch.equal(kept.argmax(-1), logits.argmax(-1))
 
 
 def test_a_seeded_row_does_not_depend_on_its_batch(logits: torch.Tensor) -> None:

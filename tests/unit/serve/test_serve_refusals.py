@@ -137,6 +137,8 @@ def test_wrong_values(client: Client) -> None:
                     raise AssertionError(f"{str(change)[:200]}: {error}") from None
             typo = (await http.post("/v1/chat/completions", json=chat(temprature=1))).json()["error"]["message"]
             assert "`temperature`" in typo
+            own = (await http.post("/v1/chat/completions", json=chat(chat_template="x"))).json()["error"]["message"]
+            assert own == "A request cannot bring its own template."
             assert (await http.post("/v1/chat/completions", json=chat())).status_code == 200
 
     run(body())
