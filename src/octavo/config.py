@@ -6,6 +6,8 @@ it is reported at once, with the line it stands on and the nearest known name, b
 
 from __future__ import annotations
 
+import copy
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -109,8 +111,8 @@ class Recipe(Config):
         """
         text, where = _read(name_or_path)
         try:
-            root = yaml.compose(text, Loader=yaml.SafeLoader)
-            raw = yaml.safe_load(text)
+            root = yaml.compose(text, Loader=_Loader)
+            raw = _parse_yaml(text)
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             line = f"{where}:{mark.line + 1}" if mark else where
@@ -145,6 +147,26 @@ class Recipe(Config):
         return Recipe.parse(raw)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as people expect it: ``off`` and ``no`` are words, ``3e-4`` is a number (YAML 1.2's core schema)."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), "tTfF")
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    "-+0123456789.",
+)
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+
+
 def names() -> list[str]:
     """The recipes shipped with the package."""
     folder = resources.files("octavo") / "recipes"
@@ -170,7 +192,7 @@ def apply_overrides(
     raw: Mapping[str, Any], overrides: Iterable[str], lines: dict[tuple[Any, ...], str | int] | None = None
 ) -> dict[str, Any]:
     """``raw`` with ``a.b.c=value`` applied; the value is read as YAML (``3e-4``, ``[a, b]``, ``null``)."""
-    result: dict[str, Any] = yaml.safe_load(yaml.safe_dump(dict(raw)))
+    result: dict[str, Any] = copy.deepcopy(dict(raw))
     errors = []
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -179,7 +201,7 @@ def apply_overrides(
             errors.append(ConfigError(f"override {text!r} is not KEY=VALUE", fix="write it like train.steps=500"))
             continue
         try:
-            parsed = _scalar(yaml.safe_load(value))
+            parsed = _parse_yaml(value)
         except yaml.YAMLError:
             errors.append(ConfigError(f"override {text!r}: the value is not YAML", fix="put quotes around it"))
             continue
@@ -192,16 +214,6 @@ def apply_overrides(
     if errors:
         raise ConfigErrors(errors)
     return result
-
-
-def _scalar(value: Any) -> Any:
-    """YAML 1.1 reads 3e-4 as text; what is a number to everybody else is one here."""
-    if isinstance(value, str):
-        try:
-            return float(value) if "e" in value.lower() else value
-        except ValueError:
-            return value
-    return value
 
 
 def _set(raw: Any, path: Sequence[str], value: Any) -> str:

@@ -70,6 +70,9 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path} is a file, not a run folder", fix="give another name to the run")
 
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
     @property
     def recipe_path(self) -> Path:
         return self.path / "recipe.yaml"
