@@ -3,11 +3,11 @@
 Two promises. Text of a message never becomes a special token, whatever it spells: only what the template itself
 writes does. And the loss mask covers what the assistant wrote and the token that ends its turn, nothing else.
 
-How the first is kept: a special token can only be spelt with its first character. In a second rendering those
-characters are replaced, inside the messages, by stand-ins that occur nowhere else. Where both renderings agree, a
-special spelt in the second one was written by the template. Where the template looks into the text (so that they
-differ), the specials inside messages are broken by an invisible mark instead, and the sequence of specials must
-still be the one of the stand-in rendering, or the conversation is refused.
+How the first is kept: a special token can only be spelt with its first and last character and its punctuation. In
+a second rendering those are replaced, inside the messages, by stand-ins that occur nowhere else. Where both
+renderings agree, a special spelt in the second one was written by the template. Where the template looks into the
+text (so that they differ), the specials inside messages are broken by an invisible mark instead, and the sequence
+of specials must still be the one of the stand-in rendering, or the conversation is refused.
 """
 
 from __future__ import annotations
@@ -153,13 +153,18 @@ class _Job:
         """The text, the spans of the special tokens the template wrote, and the spans of generation blocks."""
         text, spans = self.raw(messages, prompt)
         find = self.tokenizer.find_specials
-        firsts = {name[0] for name in self.tokenizer.special_names}
+        signs = {
+            char
+            for name in self.tokenizer.special_names
+            for k, char in enumerate(name)
+            if k in (0, len(name) - 1) or not char.isalnum()
+        }
         data = [messages, self.tools]
-        if not any(char in leaf for leaf in _leaves(data) for char in firsts):
+        if not any(char in leaf for leaf in _leaves(data) for char in signs):
             return text, find(text), spans
         used = set(text).union(*_leaves(data), self.template_source)
         free = (chr(code) for code in range(_STAND_INS, _STAND_INS + 0xFFFD) if chr(code) not in used)
-        there = {ord(char): next(free) for char in sorted(firsts)}
+        there = {ord(char): next(free) for char in sorted(signs)}
         back = {ord(stand_in): chr(code) for code, stand_in in there.items()}
         masked, _ = self.raw(*self._mapped(data, lambda leaf: leaf.translate(there), prompt))
         specials = find(masked)
@@ -209,31 +214,31 @@ class _Job:
             opening, _ = self.raw(messages[:i], True)
             closed, _ = self.raw(messages[: i + 1], False)
             if not text.startswith(opening):
-                raise DataError(
-                    "the chat template without generation blocks rewrites earlier turns, so the assistant's text "
-                    "cannot be found",
-                    where=f"message {i}",
-                    fix="put {% generation %} ... {% endgeneration %} around it in the template",
-                )
+                raise _not_found("cannot be found: the template rewrites earlier turns", i)
             start = len(opening)
             content = _text_of(message).strip()
             if opening == self.raw(messages[:i], False)[0]:
                 at = text.find(content, start)
                 if at < 0:
-                    raise DataError(
-                        "the assistant's text cannot be found in the rendered conversation",
-                        where=f"message {i}",
-                        fix="put {% generation %} ... {% endgeneration %} around it in the template",
-                    )
+                    raise _not_found("cannot be found in the rendered conversation", i)
                 start = at - (text[at - 1 : at] == " " and at > start)
             if text.startswith(closed):
                 ends = [stop for begin, stop in specials if start <= begin and stop <= len(closed)]
                 stop = ends[-1] if ends else len(closed)
             else:
-                after = text.find(content, start) + len(content)
-                stop = next((stop for begin, stop in specials if begin >= after), len(text))
+                at = text.find(content, start)
+                later = [(begin, stop) for begin, stop in specials if begin >= max(at, start) + len(content)]
+                begin, stop = later[0] if later else (len(text), len(text))
+                # The same closing token before the text means that another turn was found.
+                if at < 0 or any(start <= a < at and text[a:b] == text[begin:stop] for a, b in specials):
+                    raise _not_found("cannot be found in the rendered conversation", i)
             spans.append((start, stop))
         return spans
+
+
+def _not_found(what: str, i: int) -> DataError:
+    fix = "put {% generation %} ... {% endgeneration %} around it in the chat template"
+    return DataError(f"the assistant's text {what}", where=f"message {i}", fix=fix)
 
 
 def _encode(

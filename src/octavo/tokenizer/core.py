@@ -33,6 +33,9 @@ PROBE = (
 )
 
 
+MAX_IDS = 1 << 24  # ten times the largest vocabulary in use: more is a damaged or hostile file
+
+
 @dataclass(frozen=True)
 class Special:
     """Ids of the special tokens by role; None where the tokenizer has none."""
@@ -84,7 +87,12 @@ class Tokenizer:
         self.vocab_size = len(tokens)
         self.tokens: tuple[str | None, ...] = tuple(tokens)
         plain_added = {t["content"] for t in spec["added_tokens"] if not t["special"]}
-        self._table = ByteTable(tokens, spec.get("decoder"), set(self.special_ids), plain_added)
+        try:
+            self._table = ByteTable(tokens, spec.get("decoder"), set(self.special_ids), plain_added)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise CheckpointError(
+                f"the decoder in tokenizer.json is malformed: {error!r}", fix="save it again"
+            ) from None
         self.special = Special(**{name: self._ids[text] for name, text in self._special_text.items()})
         if self.special.turn_end is None:
             from octavo.tokenizer.chat import find_turn_marks
@@ -129,18 +137,15 @@ class Tokenizer:
                 flat, cuts = np.frombuffer(ids, np.uint32).astype(np.int32), np.frombuffer(offsets, np.uint64)
                 return [flat[int(a) : int(b)] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
             encodings = self._twin.encode_batch_fast(list(texts), add_special_tokens=False)
-        except (TypeError, UnicodeEncodeError):
-            for text in texts:
-                _check_text(text)
-            raise
+        except Exception as error:
+            raise _refusal(error, texts) from None
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def _encode(self, text: str) -> Any:
         try:
             return self._twin.encode(text, add_special_tokens=False)
-        except (TypeError, UnicodeEncodeError):
-            _check_text(text)
-            raise
+        except Exception as error:
+            raise _refusal(error, [text]) from None
 
     # -- for chat.py: special tokens by place
 
@@ -291,6 +296,13 @@ def _check_text(text: Any) -> None:
             )
 
 
+def _refusal(error: Exception, texts: Sequence[Any]) -> CheckpointError:
+    """Why the library could not encode: the text (raised at once), or else a vocabulary without an unknown token."""
+    for text in texts:
+        _check_text(text)
+    return CheckpointError(f"this tokenizer cannot encode the text: {error}", fix="repair its vocabulary")
+
+
 def _parse(text: str) -> dict[str, Any]:
     try:
         spec = json.loads(text)
@@ -305,10 +317,29 @@ def _parse(text: str) -> dict[str, Any]:
             for token in spec.get("added_tokens") or []
         ]
         spec["added_tokens"].sort(key=lambda token: token["id"])
+        _check_vocabulary(spec)
         spec["truncation"] = spec["padding"] = None  # whoever asks for ids gets all of them
         return spec
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"not a tokenizer.json: {error}", fix="save it again with its own library") from None
+
+
+def _check_vocabulary(spec: Mapping[str, Any]) -> None:
+    vocab = spec["model"]["vocab"]
+    if not isinstance(spec["model"].get("unk_token"), (str, type(None))):
+        raise ValueError("unk_token is not a token")
+    if isinstance(vocab, list):
+        if not all(isinstance(piece, str) and isinstance(score, (int, float)) for piece, score in vocab):
+            raise ValueError("the vocabulary is not a list of pieces with scores")
+    elif not all(type(i) is int and 0 <= i < MAX_IDS for i in vocab.values()):
+        raise ValueError(f"an id of the vocabulary is not a number below {MAX_IDS}")
+    for token in spec["added_tokens"]:
+        if not (isinstance(token["content"], str) and type(token["id"]) is int and 0 <= token["id"] < MAX_IDS):
+            raise ValueError(f"the added token {str(token)[:80]} is malformed")
+    for merge in spec["model"].get("merges") or []:
+        a, b = merge.split(" ", 1) if isinstance(merge, str) else merge
+        if not (isinstance(a, str) and isinstance(b, str)):
+            raise ValueError("a merge is not a pair of tokens")
 
 
 def _add_roles(spec: dict[str, Any], roles: Mapping[str, str]) -> None:
@@ -366,7 +397,9 @@ def _rust(text: str) -> Any:
 
     try:
         return tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing narrower, whatever the damage
+    except BaseException as error:  # nothing narrower: a panic of the library is no Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+            raise
         raise CheckpointError(f"tokenizer.json cannot be read: {error}", fix="save it again") from None
 
 

@@ -154,6 +154,9 @@ class _Box(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     # -- what may be reached
 
+    def wrap_str_format(self, value: Any) -> None:
+        """``str.format`` is not offered at all: its widths are a way to any amount of memory."""
+
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if not super().is_safe_attribute(obj, attr, value):
             return False

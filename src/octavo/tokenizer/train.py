@@ -265,7 +265,7 @@ def _train_unigram(config: Unigram, texts: Iterable[str]) -> dict[str, Any]:
         letters="<0x123456789ABCDEF>" if config.byte_fallback else "",
     )
     spec = json.loads(rust.to_str())
-    vocab = [[name, FLOOR * 10] for name in head] + [[piece, score] for piece, score in pieces]
+    vocab = [[name, FLOOR * 10] for name in head] + [[piece, score] for piece, score in pieces if piece not in head]
     spec["model"] = {"type": "Unigram", "unk_id": len(SPECIALS), "vocab": vocab, "byte_fallback": config.byte_fallback}
     return spec
 
@@ -323,4 +323,9 @@ def _train_words(config: Word | Character, texts: Iterable[str]) -> dict[str, An
         show_progress=False,
     )
     rust.train_from_iterator(_readable(texts), trainer)
-    return json.loads(rust.to_str())
+    spec = json.loads(rust.to_str())
+    # A text that spells a special would have overwritten its id.
+    head, vocab = [*SPECIALS, UNKNOWN], spec["model"]["vocab"]
+    words = [*head, *(word for word in sorted(vocab, key=vocab.__getitem__) if word not in head)]
+    spec["model"]["vocab"] = {word: i for i, word in enumerate(words)}
+    return spec

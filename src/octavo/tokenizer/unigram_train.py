@@ -52,6 +52,7 @@ def train_pieces(
             chars[char] += times
     room = max(1, min(alphabet_size, size - len(set(letters))))
     known = set(sorted(chars, key=lambda char: (-chars[char], char))[:room])
+    size -= len(set(letters) - known)
     parts: Counter[str] = Counter()
     for word, times in words.items():
         for part in "".join(char if char in known else "\0" for char in word).split("\0"):
