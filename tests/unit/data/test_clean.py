@@ -15,6 +15,7 @@ CODE = "def add(a, b):\n    return a + b\n\n\nclass A:\n    x = {'a': [1, 2, (3,
     ("broken", "whole"),
     [
         ("cafÃ© sera fermÃ©", "café sera fermé"),
+        ("cafÃ© &amp; “thÃ©” ﬁn！", "café &amp; “thé” ﬁn！"),
         ("你好，世界！这是一个测试。".encode().decode("latin-1"), "你好，世界！这是一个测试。"),
         ("e\u0301", "é"),
         ("a\r\nb\rc", "a\nb\nc"),

@@ -107,7 +107,13 @@ def test_full_batch_and_per_sample():
         assert sorted(rows_of(full, step, step + 1)) == expected
     single = Loader(Numbered(0, 5), 1)
     assert sorted(rows_of(single, 0, 5)) == [(0, 0, r) for r in range(5)]
-    assert rows_of(single, 0, 5) != rows_of(single, 5, 10)
+
+
+def test_every_epoch_has_an_order_of_its_own():
+    loader = Loader(Numbered(0, 500), 500, seed=3)
+    first, second = loader.batch(0)["tokens"][:, 2], loader.batch(1)["tokens"][:, 2]
+    assert (first == second).mean() < 0.05 and (first == np.arange(500)).mean() < 0.05
+    assert (first != Loader(Numbered(0, 500), 500, seed=4).batch(0)["tokens"][:, 2]).any()
 
 
 class DataOrder(RuleBasedStateMachine):

@@ -138,3 +138,4 @@ def test_best_fit_puts_every_item_in_one_bin_and_never_opens_one_too_many(length
 
 def test_best_fit_by_hand():
     assert best_fit([5, 7, 3, 5, 2], 10) == [[1, 2], [0, 3], [4]]
+    assert best_fit([6, 7, 3], 10) == [[1, 2], [0]]  # there was room for the 3 with the 6 too, but more of it
