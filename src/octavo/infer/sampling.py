@@ -31,27 +31,17 @@ class SamplingConfig(Config):
         default=1.0, ge=0, description="0: argmax, 1: the model's own distribution, inf: uniform."
     )
     top_k: int = Field(default=0, ge=0, description="Keep the k most probable tokens; 0 keeps all.")
-    top_p: float = Field(
-        default=1.0, gt=0, le=1, description="Keep the fewest tokens with this much probability."
-    )
-    min_p: float = Field(
-        default=0.0, ge=0, le=1, description="Drop tokens below this share of the best one."
-    )
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Keep the fewest tokens with this much probability.")
+    min_p: float = Field(default=0.0, ge=0, le=1, description="Drop tokens below this share of the best one.")
     repetition_penalty: float = Field(
         default=1.0, gt=0, allow_inf_nan=False, description="CTRL's; 1: off, above 1 repels."
     )
-    presence_penalty: float = Field(
-        default=0.0, ge=-2, le=2, description="Subtracted once from produced tokens."
-    )
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2, description="Subtracted once from produced tokens.")
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2, description="Subtracted for every time it was produced.")
     logit_bias: dict[int, float] = Field(default_factory=dict, description="Added to the logit of a token id.")
-    seed: int | None = Field(
-        default=None, ge=0, lt=2**63, description="Row i draws from seed + i; none: random."
-    )
+    seed: int | None = Field(default=None, ge=0, lt=2**63, description="Row i draws from seed + i; none: random.")
     max_new_tokens: int = Field(default=256, ge=1, description="Tokens to produce at most.")
-    stop: tuple[Annotated[str, StringConstraints(min_length=1)], ...] = Field(
-        default=(), description="End texts."
-    )
+    stop: tuple[Annotated[str, StringConstraints(min_length=1)], ...] = Field(default=(), description="End texts.")
 
 
 def with_temperature(logits: Tensor, temperature: float) -> Tensor:
