@@ -49,7 +49,8 @@ class BPE(Config):
 
     @model_validator(mode="after")
     def _room(self) -> Self:
-        return _check_room(self)
+        _check_room(self)
+        return self
 
 
 class Unigram(Config):
@@ -74,7 +75,8 @@ class Unigram(Config):
 
     @model_validator(mode="after")
     def _room(self) -> Self:
-        return _check_room(self)
+        _check_room(self)
+        return self
 
 
 class WordPiece(Config):
@@ -142,8 +144,7 @@ TokenizerConfig = Annotated[
 ]
 
 
-def _check_room(config: BPE | Unigram) -> BPE | Unigram:
+def _check_room(config: BPE | Unigram) -> None:
     least = len(SPECIALS) + 2 + BYTES
     if config.byte_fallback and config.vocab_size < least:
         raise ValueError(f"vocab_size = {config.vocab_size} must be at least {least} with byte_fallback")
-    return config

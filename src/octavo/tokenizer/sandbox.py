@@ -18,6 +18,7 @@ from functools import lru_cache
 from typing import Any, ClassVar
 
 import jinja2
+import jinja2.exceptions
 import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
@@ -125,7 +126,7 @@ class _Namespace(jinja2.utils.Namespace):
 
 def _check_name(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.sandbox.SecurityError(f"a namespace cannot hold the name {name!r}")
+        raise jinja2.exceptions.SecurityError(f"a namespace cannot hold the name {name!r}")
 
 
 class _Box(jinja2.sandbox.ImmutableSandboxedEnvironment):
@@ -185,10 +186,10 @@ class _Box(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         self.budget.step()
         if operator == "**":
-            raise jinja2.sandbox.SecurityError("the operator ** is not allowed in a chat template")
+            raise jinja2.exceptions.SecurityError("the operator ** is not allowed in a chat template")
         if operator == "%" and isinstance(left, str):
             if re.search(r"\*|\d{4}", left):
-                raise jinja2.sandbox.SecurityError("a width in % formatting is too large")
+                raise jinja2.exceptions.SecurityError("a width in % formatting is too large")
             self.budget.value(right)
         if operator == "*":
             for thing, times in ((left, right), (right, left)):
@@ -316,7 +317,7 @@ def _raise(message: str) -> None:
 
 def _strftime_now(format: str) -> str:
     if len(format) > 100 or re.search(r"%[^a-zA-Z%]*\d", format):
-        raise jinja2.sandbox.SecurityError("strftime_now takes a plain format")
+        raise jinja2.exceptions.SecurityError("strftime_now takes a plain format")
     return datetime.now().strftime(format)
 
 

@@ -25,7 +25,7 @@ from octavo.tokenizer.config import (
 from octavo.tokenizer.core import Tokenizer
 from octavo.tokenizer.pieces import byte_alphabet
 
-ROLES = dict(zip(("pad", "bos", "eos", "turn_start", "turn_end"), SPECIALS, strict=True))
+ROLES: dict[str, str] = dict(zip(("pad", "bos", "eos", "turn_start", "turn_end"), SPECIALS, strict=True))
 AnyConfig = ByteBPE | BPE | Unigram | WordPiece | Word | Character | Byte | Existing
 
 _DIGITS = {"one": r"\p{N}", "three": r"\p{N}{1,3}", "run": r"\p{N}+"}
@@ -94,7 +94,7 @@ def _finish(spec: dict[str, Any], *, unknown: bool) -> Tokenizer:
             ROLES["bos"]: {"id": ROLES["bos"], "ids": [SPECIALS.index(ROLES["bos"])], "tokens": [ROLES["bos"]]}
         },
     }
-    roles = {**ROLES, "unk": UNKNOWN} if unknown else ROLES
+    roles: dict[str, str] = {**ROLES, "unk": UNKNOWN} if unknown else ROLES
     return Tokenizer(json.dumps(spec, ensure_ascii=False), special=roles, chat_template=CHATML)
 
 
