@@ -15,9 +15,9 @@ from octavo.metrics_file import read_metrics
 from octavo.models.decoder import Decoder, build
 from octavo.objectives.likelihood import CausalLikelihood
 from octavo.stop import StopSignal
-from octavo.train.loop import Held, Trainer
-from octavo.train.progress import Console
-from octavo.train.settings import TrainConfig
+from octavo.training.loop import Held, Trainer
+from octavo.training.progress import Console
+from octavo.training.settings import TrainConfig
 
 VOCAB, SEQ_LEN = 50, 24
 TIMINGS = ("seconds", "tokens_per_second", "mfu")

@@ -26,7 +26,7 @@ from octavo.eval.runner import EvalConfig
 from octavo.models.decoder import MODELS, Decoder
 from octavo.schema import Config, one_of
 from octavo.tokenizer.config import ByteBPE, Existing, TokenizerConfig
-from octavo.train.settings import TrainConfig
+from octavo.training.settings import TrainConfig
 
 
 class Pretrained:

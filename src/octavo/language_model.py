@@ -118,7 +118,7 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto") -> LanguageModel:
     Raises:
         ConfigError: no model there. CheckpointError: a model that cannot be read exactly.
     """
-    from octavo.train.machine import best_precision
+    from octavo.training.machine import best_precision
 
     folder = find_model(path)
     if dtype == "auto":

@@ -32,10 +32,10 @@ from octavo.run import FREE_TRAIN_KEYS, RunFolder, find_model, fingerprint
 from octavo.stop import StopSignal
 from octavo.tokenizer import Tokenizer
 from octavo.tokenizer import train as train_tokenizer
-from octavo.train.loop import Held, Trainer
-from octavo.train.machine import resolve, set_threads, tune_allocator
-from octavo.train.progress import Console
-from octavo.train.settings import TrainConfig
+from octavo.training.loop import Held, Trainer
+from octavo.training.machine import resolve, set_threads, tune_allocator
+from octavo.training.progress import Console
+from octavo.training.settings import TrainConfig
 
 VALID_ROWS = 32
 

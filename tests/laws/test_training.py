@@ -17,9 +17,9 @@ from octavo.laws.objective import uneven_batch
 from octavo.models.decoder import Decoder, build
 from octavo.objectives.likelihood import CausalLikelihood
 from octavo.stop import StopSignal
-from octavo.train.loop import Held, Trainer
-from octavo.train.progress import Console
-from octavo.train.settings import TrainConfig
+from octavo.training.loop import Held, Trainer
+from octavo.training.progress import Console
+from octavo.training.settings import TrainConfig
 
 V = 17
 

@@ -14,8 +14,8 @@ from octavo.laws.subject import randomise
 from octavo.models.decoder import Decoder, build
 from octavo.nn.contracts import Outputs
 from octavo.objectives.likelihood import CausalLikelihood
-from octavo.train.optim import OPTIMIZERS, role_of
-from octavo.train.schedule import SCHEDULES
+from octavo.training.optim import OPTIMIZERS, role_of
+from octavo.training.schedule import SCHEDULES
 
 
 def small() -> Decoder:

@@ -104,7 +104,7 @@ def _changed(config: DataConfig, given: dict[str, Any], held_out: float | None) 
 @contextmanager
 def _bars() -> Iterator[Progress]:
     """One progress line a stage."""
-    from octavo.train.progress import Bar, Console
+    from octavo.training.progress import Bar, Console
 
     console = Console()
     open_bars: dict[str, Bar] = {}

@@ -42,7 +42,7 @@ def evaluate(
     from octavo.eval import answers, runner
     from octavo.language_model import load
     from octavo.run import find_model
-    from octavo.train.progress import Console
+    from octavo.training.progress import Console
 
     find_model(model)
     shards = model / "data"

@@ -33,7 +33,7 @@ def perform(
     from octavo.cli.main import log_to
     from octavo.config import Recipe
     from octavo.pipeline import run
-    from octavo.train.progress import Console
+    from octavo.training.progress import Console
 
     loaded = Recipe.load(recipe, overrides or [])
     if sections is not None:

@@ -37,10 +37,11 @@ def read_lines(path: str | Path) -> list[Row]:
 
 @dataclass(frozen=True)
 class Metrics:
-    """The logged steps of one training stage, ascending by step, one row a step and kind."""
+    """The logged steps of one training stage, ascending by step; samples in the order they were drawn."""
 
     train: list[Row] = field(default_factory=list)
     valid: list[Row] = field(default_factory=list)
+    samples: list[Row] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.train or self.valid)
@@ -73,15 +74,20 @@ class Metrics:
 def read(path: str | Path) -> Metrics:
     """Read a ``metrics.jsonl``.
 
-    Of two rows for one step the later wins: a resumed run may repeat steps it had logged before the
-    checkpoint it went back to.
+    Of two rows for one step the later wins.
     """
-    kinds: dict[str, dict[float, Row]] = {"train": {}, "valid": {}}
+    train: dict[float, Row] = {}
+    valid: dict[float, Row] = {}
+    samples = []
     for row in read_lines(path):
-        step, kind = number(row.get("step")), row.get("kind", "train")
-        if step is not None and kind in kinds:
-            kinds[kind][step] = row
-    return Metrics(**{kind: [rows[step] for step in sorted(rows)] for kind, rows in kinds.items()})
+        step, kind = number(row.get("step")), row.get("kind")
+        if step is None:
+            continue
+        if kind == "sample":
+            samples.append(row)
+        elif kind in ("train", "valid"):
+            (train if kind == "train" else valid)[step] = row
+    return Metrics([train[step] for step in sorted(train)], [valid[step] for step in sorted(valid)], samples)
 
 
 def number(value: object) -> float | None:
@@ -101,19 +107,19 @@ def points(rows: Iterable[Mapping[str, Any]], x: str, y: str) -> tuple[np.ndarra
     return array[:, 0], array[:, 1]
 
 
-def smooth(values: Sequence[float] | np.ndarray, span: float | None = None) -> np.ndarray:
-    """Exponential mean over about ``span`` values (a 30th of them by default), unbiased at the start.
+def smooth(values: Sequence[float] | np.ndarray, half_width: int | None = None) -> np.ndarray:
+    """Mean over a window centred on each value, so that the curve does not lag behind the steep beginning.
 
-    y_i = sum_j keep^(i-j) v_j / sum_j keep^(i-j),  keep = 1 - 1/span
+    The window reaches ``half_width`` values (an 80th of all by default, at least 3) to both sides, but never
+    further than a third of the way back to the start.
     """
     values = np.asarray(values, dtype=float)
-    keep = 1.0 - 1.0 / max(1.0, len(values) / 30 if span is None else span)
-    out = np.empty_like(values)
-    total = weight = 0.0
-    for i, value in enumerate(values):
-        total, weight = keep * total + value, keep * weight + 1.0
-        out[i] = total / weight
-    return out
+    n = len(values)
+    index = np.arange(n)
+    reach = np.minimum(max(3, n // 80) if half_width is None else half_width, index // 3)
+    total = np.append(0.0, np.cumsum(values))
+    low, high = index - reach, np.minimum(index + reach + 1, n)
+    return (total[high] - total[low]) / (high - low)
 
 
 def thin(x: np.ndarray, *columns: np.ndarray, at_most: int = 400) -> tuple[np.ndarray, ...]:

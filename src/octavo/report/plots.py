@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +168,7 @@ def _line(axes: Any, metrics: Metrics, name: str, label: str, colour: str) -> bo
     x, y = thin(metrics.tokens_at(steps), values)
     axes.plot(x, y, color=COLOURS[colour])
     axes.set_ylabel(label)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_ylim(bottom=0)
     return len(x) > 1
 
@@ -190,7 +191,7 @@ def _throughput(axes: Any, metrics: Metrics) -> bool:
     x, y = thin(metrics.tokens_at(steps), rates)
     axes.plot(x, y, color=COLOURS["purple"], linewidth=1.1)
     axes.set_ylabel("tokens per second")
-    axes.yaxis.set_major_formatter(lambda value, _: words.count(value))
+    axes.yaxis.set_major_formatter(_count)
     axes.set_ylim(bottom=0)
     return len(x) > 1
 
@@ -208,11 +209,13 @@ def _figure(title: str, metrics: Metrics) -> Iterator[tuple[Any, Any]]:
         axes = figure.subplots()
         axes.set_title(title)
         axes.set_xlabel("tokens seen" if metrics.has_tokens else "step")
-        axes.xaxis.set_major_formatter(_tokens)
+        axes.xaxis.set_major_formatter(_count)
         yield figure, axes
 
 
-_tokens: Callable[[float, Any], str] = lambda value, _: words.count(value).replace(".00", "")  # noqa: E731
+def _count(value: float, _: object = None) -> str:
+    text = words.count(value)
+    return re.sub(r"\.0+(?=\D|$)", "", text)
 
 
 def _png(figure: Any) -> bytes:

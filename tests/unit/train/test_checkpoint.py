@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from octavo.errors import CheckpointError, ResourceError
-from octavo.train import checkpoint, tensor_file
-from octavo.train.random_state import capture_random, restore_random
+from octavo.training import checkpoint, tensor_file
+from octavo.training.random_state import capture_random, restore_random
 
 
 def content(step: int) -> tuple[dict[str, torch.Tensor], dict]:

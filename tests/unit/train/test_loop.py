@@ -20,7 +20,7 @@ from octavo.metrics_file import read_metrics
 from octavo.nn.contracts import Inputs
 from octavo.objectives.likelihood import CausalLikelihood
 from octavo.tokenizer import Byte, train
-from octavo.train.optim import OPTIMIZERS
+from octavo.training.optim import OPTIMIZERS
 
 # ---------------------------------------------------------------------------------------- accumulation
 

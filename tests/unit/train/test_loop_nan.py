@@ -12,7 +12,7 @@ from octavo.data.loader import Loader
 from octavo.errors import NumericError, StopRequested
 from octavo.metrics_file import read_metrics
 from octavo.objectives.likelihood import CausalLikelihood
-from octavo.train import checkpoint
+from octavo.training import checkpoint
 
 # --------------------------------------------------------------------------------------- not a number
 

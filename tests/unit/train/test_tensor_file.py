@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from octavo.errors import CheckpointError
-from octavo.train import tensor_file
+from octavo.training import tensor_file
 
 
 def test_the_safetensors_library_reads_ours_and_ours_reads_its_own(tmp_path):

@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 
 from octavo.objectives.likelihood import OBJECTIVES, CausalLikelihood
 from octavo.schema import Config, one_of
-from octavo.train.optim import OPTIMIZERS, AdamW
-from octavo.train.schedule import SCHEDULES, Cosine
+from octavo.training.optim import OPTIMIZERS, AdamW
+from octavo.training.schedule import SCHEDULES, Cosine
 
 
 class TrainConfig(Config):

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from octavo.train.settings import TrainConfig
+from octavo.training.settings import TrainConfig
 
 Precision = Literal["fp32", "bf16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.errors import CheckpointError, ResourceError
 from octavo.files import fsync_path, make_folder, sha256_file, write_durable
-from octavo.train import tensor_file
+from octavo.training import tensor_file
 
 if TYPE_CHECKING:
     import torch

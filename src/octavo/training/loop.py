@@ -24,13 +24,13 @@ from octavo.files import write_json
 from octavo.metrics_file import MetricsFile
 from octavo.objectives.contract import Objective
 from octavo.stop import StopSignal
-from octavo.train import checkpoint
-from octavo.train.machine import DTYPES, matmul_peak, set_threads
-from octavo.train.optim import OPTIMIZERS, Optimizer
-from octavo.train.progress import Console
-from octavo.train.random_state import capture_random, restore_random
-from octavo.train.schedule import SCHEDULES, Schedule
-from octavo.train.settings import TrainConfig
+from octavo.training import checkpoint
+from octavo.training.machine import DTYPES, matmul_peak, set_threads
+from octavo.training.optim import OPTIMIZERS, Optimizer
+from octavo.training.progress import Console
+from octavo.training.random_state import capture_random, restore_random
+from octavo.training.schedule import SCHEDULES, Schedule
+from octavo.training.settings import TrainConfig
 
 MAX_FAILED_SAVES = 3
 
@@ -66,7 +66,7 @@ class Trainer:
         self, model: nn.Module, source: Source, objective: Objective, config: TrainConfig, held: Held, seed: int
     ):
         if config.precision == "auto" or config.compile == "auto":
-            raise ValueError("resolve the `auto` choices before training: octavo.train.machine.resolve")
+            raise ValueError("resolve the `auto` choices before training: octavo.training.machine.resolve")
         self.model, self.source, self.objective, self.config = model, source, objective, config
         self.held, self.seed = held, seed
         if config.threads:
