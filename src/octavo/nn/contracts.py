@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from octavo.nn.position import Rotation
-    from octavo.nn.state import LayerState, StateSpec
+    from octavo.nn.state import LayerState, State, StateSpec
     from octavo.schema import Config
 
 Aux = dict[str, Tensor]
@@ -106,7 +106,8 @@ class Inputs:
     """The named tensors of a forward pass.
 
     tokens (B, T) int64. Optional: valid (B, T) bool, False on padding, on either side; doc_ids (B, T) for
-    packed rows; positions (B, T), by default counted from each document's start.
+    packed rows, another for each document of a row; positions (B, T), by default counted from each
+    document's start.
     """
 
     tokens: Tensor
@@ -165,6 +166,8 @@ class Predictor(Protocol):
     max_seq_len: int
 
     def state_specs(self) -> dict[str, StateSpec]: ...
+
+    def new_state(self, rows: int, max_tokens: int | None = None) -> State: ...
 
     def __call__(self, inputs: Inputs, state: Any = None, needs: tuple[str, ...] = ("logits",)) -> Outputs: ...
 

@@ -71,9 +71,8 @@ class WarmupStableDecay(Schedule):
 
     def after_warmup(self, progress: float) -> float:
         config = self.config
-        if progress < 1 - config.decay:  # type: ignore[attr-defined]
-            return 1.0
-        return 1 - (1 - config.final) * (progress - 1 + config.decay) / config.decay  # type: ignore[attr-defined]
+        fallen = max(0.0, (progress - 1 + config.decay) / config.decay)  # type: ignore[attr-defined]
+        return 1 - (1 - config.final) * fallen  # type: ignore[attr-defined]
 
 
 SCHEDULES: dict[str, type[Schedule]] = {

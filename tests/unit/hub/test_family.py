@@ -1,0 +1,151 @@
+"""Families as tables: which model is written as which, and what a folder must not be."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from octavo.errors import CheckpointError, ConfigError
+from octavo.hub.family import activation, hf_activation
+from octavo.hub.folder import FAMILIES, choose_family, family_of, load_model, read_config, read_tensors, save_model
+from octavo.models.decoder import Decoder, build
+from octavo.nn.activation import ACTIVATIONS
+
+
+def config(block: dict | None = None, **changes) -> Decoder.Config:
+    block = {"mixer": {"kind": "attention", "n_heads": 2, "n_kv_heads": 1}, "channel": {"kind": "glu"}} | (block or {})
+    plain = {"d_model": 16, "n_layers": 2, "vocab_size": 19, "max_seq_len": 16, "blocks": {"block": block}}
+    return Decoder.Config.model_validate(plain | changes)
+
+
+def mixer(**values) -> dict:
+    return {"mixer": {"kind": "attention", "n_heads": 2, **values}}
+
+
+GPT2 = mixer(qkv_bias=True, o_bias=True) | {"channel": {"kind": "mlp", "activation": "gelu_tanh", "bias": True}}
+CHOICES = {
+    "llama": config(),
+    "llama biased": config(mixer(qkv_bias=True, o_bias=True)),
+    "llama dropout": config({"dropout": 0.1}),
+    "qwen2": config(mixer(qkv_bias=True)),
+    "qwen2 window": config(mixer(qkv_bias=True, window=4)),
+    "qwen3": config(mixer(qk_norm={"kind": "rmsnorm"})),
+    "gpt2": config(GPT2, norm="layernorm", positions="learned"),
+    "gpt2 untied": config(GPT2, norm="layernorm", positions="learned", tie_embeddings=False),
+    "octavo interleaved": config(positions={"kind": "rope", "layout": "interleaved"}),
+    "octavo part": config(positions={"kind": "rope", "fraction": 0.5}),
+    "octavo post": config({"norm_placement": "post"}),
+    "octavo residual": config({"residual_scale": 2.0}),
+    "octavo scale": config(mixer(scale=1.0)),
+    "octavo window": config(mixer(window=4)),
+    "octavo eps": config(mixer(qk_norm={"kind": "rmsnorm", "eps": 1e-3})),
+    "octavo head bias": config(head_bias=True),
+    "octavo no norm": config(final_norm=False),
+    "octavo no channel": config({"channel": None}),
+    "octavo gpt2 without biases": config(mixer() | {"channel": {"kind": "mlp"}}, norm="layernorm", positions="learned"),
+    "octavo bilinear": config({"channel": {"kind": "glu", "activation": "identity"}}),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_model_is_written_as_the_first_family_that_says_it_exactly(name, tmp_path):
+    chosen = CHOICES[name]
+    assert choose_family(chosen) == name.split()[0]
+    model = build(chosen).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    assert save_model(model, tmp_path / "m") == name.split()[0]
+    again = load_model(tmp_path / "m")
+    from octavo.nn.contracts import Inputs
+
+    tokens = torch.randint(19, (2, 9))
+    assert torch.equal(again(Inputs(tokens)).logits, model(Inputs(tokens)).logits)
+
+
+def test_a_family_that_cannot_say_it_is_refused_by_name():
+    with pytest.raises(ConfigError, match="it can be written as octavo"):
+        choose_family(CHOICES["octavo post"], "llama")
+    assert choose_family(CHOICES["llama"], "octavo") == "octavo"
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_every_parameter_has_one_name_there(family):
+    chosen = next(c for n, c in CHOICES.items() if n.split()[0] == family.model_type)
+    entries = family.entries(chosen)
+    ours = [name for entry in entries for name in entry.ours]
+    assert sorted(ours) == sorted(name for name, _ in build(chosen, device="meta").named_parameters())
+    assert len({entry.theirs for entry in entries}) == len(entries)
+
+
+@pytest.mark.parametrize("name", sorted(set(ACTIVATIONS) - {"identity"}))
+def test_activation_names_go_both_ways(name):
+    assert activation(hf_activation(name)) == name
+
+
+def test_an_unknown_family_gets_a_suggestion():
+    with pytest.raises(CheckpointError, match="did you mean `qwen2`"):
+        family_of("qwen-2")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"model_type": 3}', "{"])
+def test_a_config_that_is_none(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError):
+        read_config(tmp_path)
+
+
+def test_pickles_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="is a pickle"):
+        read_tensors(tmp_path)
+
+
+def test_an_index_must_stay_inside_its_folder_and_agree_with_its_shards(tmp_path):
+    save_model(build(CHOICES["llama"]), tmp_path / "m", shard_bytes=2000)
+    index = tmp_path / "m" / "model.safetensors.index.json"
+    good = json.loads(index.read_text())
+    assert len(set(good["weight_map"].values())) > 1
+    name = next(iter(good["weight_map"]))
+    for change, said in [
+        ({name: "../secret.safetensors"}, "outside"),
+        ({name: "missing.safetensors"}, "missing.safetensors is missing"),
+        ({"more": next(iter(good["weight_map"].values()))}, "disagree on more"),
+    ]:
+        index.write_text(json.dumps(good | {"weight_map": good["weight_map"] | change}))
+        with pytest.raises(CheckpointError, match=said):
+            read_tensors(tmp_path / "m")
+    index.write_text("{")
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_tensors(tmp_path / "m")
+
+
+def test_a_missing_key_of_config_json_is_named(tmp_path):
+    save_model(build(CHOICES["llama"]), tmp_path / "m")
+    config_path = tmp_path / "m" / "config.json"
+    plain = json.loads(config_path.read_text())
+    plain.pop("intermediate_size")
+    config_path.write_text(json.dumps(plain))
+    with pytest.raises(CheckpointError, match="no intermediate_size"):
+        load_model(tmp_path / "m")
+
+
+def test_saving_over_a_folder_keeps_what_is_not_a_model(tmp_path):
+    folder = tmp_path / "m"
+    save_model(build(CHOICES["llama"]), folder, shard_bytes=2000)
+    (folder / "tokenizer.json").write_text("{}")
+    save_model(build(CHOICES["qwen2"]), folder)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert read_config(folder)["model_type"] == "qwen2"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
+
+
+def test_qwen3_without_head_dim_has_its_default():
+    """Its configuration class says 128, whatever hidden_size / heads would be."""
+    hf = FAMILIES["qwen3"].write(CHOICES["qwen3"])
+    hf.pop("head_dim")
+    (block,) = FAMILIES["qwen3"].read(hf).blocks.values()
+    assert block.mixer.head_dim == 128
