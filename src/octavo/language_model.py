@@ -12,7 +12,7 @@ from torch import Tensor
 from octavo.errors import CheckpointError, ConfigError
 from octavo.files import write_json
 from octavo.hub.folder import load_model, read_config, save_model
-from octavo.infer.generate import Completion, generate, pieces
+from octavo.infer.generate import Completion, encode_prompt, generate, pieces
 from octavo.infer.sampling import SamplingConfig
 from octavo.nn.contracts import Inputs
 from octavo.run import find_model
@@ -46,8 +46,7 @@ class LanguageModel:
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The tokens of a prompt: [bos] and the text, or the rendered conversation up to the answer."""
         if isinstance(prompt, str):
-            bos = self.tokenizer.special.bos
-            return ([] if bos is None else [bos]) + self.tokenizer.encode(prompt)
+            return encode_prompt(self.tokenizer, prompt)
         return self.tokenizer.render(list(prompt), add_generation_prompt=True).ids
 
     def complete(self, prompt: Prompt, config: SamplingConfig | None = None, **settings: Any) -> Completion:
@@ -98,7 +97,8 @@ class LanguageModel:
             The checkpoint family written; ``octavo`` where no other can say this model.
         """
         special = self.tokenizer.special
-        ends = [i for i in dict.fromkeys((special.eos, special.turn_end)) if i is not None]
+        first = [i for i in (special.eos,) if i is not None]
+        ends = list(dict.fromkeys([*first, *sorted(self.tokenizer.stop_ids)]))
         ids = {"bos_token_id": special.bos, "pad_token_id": special.pad}
         ids = {name: i for name, i in ids.items() if i is not None}
         single = {"eos_token_id": ends[0]} if ends else {}

@@ -20,7 +20,7 @@ from octavo.data import chat, facts, prepare
 from octavo.data.loader import Loader, pretraining_loader, sweep
 from octavo.data.pack import Packed, StreamRows, WholeRows
 from octavo.data.shards import Shards, write_shards
-from octavo.errors import ConfigError, ConfigErrors, StopRequested
+from octavo.errors import ConfigError, ConfigErrors, DataError, StopRequested
 from octavo.eval.answers import Question, greedy
 from octavo.eval.runner import evaluate, summary
 from octavo.files import make_folder
@@ -81,7 +81,7 @@ class Pipeline:
         r = self.recipe
         found: list[tuple[str, Callable[[], dict[str, Any] | None], Any]] = []
         if r.data is not None:
-            found.append(("data", self.data, r.data.fingerprint()))
+            found.append(("data", self.data, self._data_fingerprint(r.data)))
         found.append(("tokenizer", self.tokenizer, r.tokenizer.model_dump(mode="json")))
         if r.train is not None:
             found.append(("pretrain", self.pretrain, [r.model.model_dump(mode="json"), _deciding(r.train)]))
@@ -91,6 +91,17 @@ class Pipeline:
             found.append(("eval", self.evaluate, r.eval.model_dump(mode="json")))
         found.append(("report", self.report, None))
         return found
+
+    def _data_fingerprint(self, config: prepare.DataConfig) -> str:
+        """Of the settings and the files; a finished stage needs its files no longer."""
+        try:
+            return config.fingerprint()
+        except DataError as error:
+            before = self.folder.stages().get("data", {}).get("source")
+            if before is None:
+                raise
+            self.console.warn(f"{error.what}; the documents prepared before are used")
+            return before
 
     @property
     def resume_command(self) -> str:
@@ -105,7 +116,7 @@ class Pipeline:
             report = prepare.clean_documents(config, self.folder.path / "data", workers=self.workers, progress=progress)
         for line in str(report).splitlines()[:12]:
             self.console.note(line)
-        return {"documents": report.kept_documents, "bytes": report.kept_bytes}
+        return {"documents": report.kept_documents, "bytes": report.kept_bytes, "source": config.fingerprint()}
 
     def tokenizer(self) -> dict[str, Any]:
         """Train or load the tokenizer, then turn the documents into shards."""

@@ -132,7 +132,7 @@ def pieces(
     """
     config = config or SamplingConfig()
     _check(model, prompts, config, on_full)
-    ends = frozenset(default_stop_ids(tokenizer) if stop_ids is None else stop_ids)
+    ends = frozenset(tokenizer.stop_ids if stop_ids is None else stop_ids)
     n_tokens = min(model.vocab_size, tokenizer.vocab_size)  # rows that pad the embedding are not text
     texts = [_Text(tokenizer, prompt, config.stop) for prompt in prompts]
     streams = generators(config, len(prompts))
@@ -161,12 +161,6 @@ def pieces(
                     unfinished.discard(row)
                     new[row] = ()
                 yield Piece(row, token, text, reason, score)
-
-
-def default_stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """End of text and end of turn, where the tokenizer has them."""
-    special = tokenizer.special
-    return frozenset(token for token in (special.eos, special.turn_end) if token is not None)
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:

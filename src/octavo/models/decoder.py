@@ -37,7 +37,7 @@ class Decoder(nn.Module):
         n_layers: int = Field(default=4, ge=1)
         max_seq_len: int = Field(default=256, ge=1)
         vocab_size: int | None = Field(default=None, ge=2)
-        blocks: dict[str, BlockConfig] = {"block": BlockConfig()}
+        blocks: dict[str, BlockConfig] = Field(default={"block": BlockConfig()})
         pattern: tuple[str, ...] | None = None
         norm: one_of(NORMS) = RMSNorm.Config()  # type: ignore[valid-type]
         positions: one_of(POSITIONS) = RotaryPositions.Config()  # type: ignore[valid-type]

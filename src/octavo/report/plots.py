@@ -215,7 +215,7 @@ def _figure(title: str, metrics: Metrics) -> Iterator[tuple[Any, Any]]:
 
 def _count(value: float, _: object = None) -> str:
     text = words.count(value)
-    return re.sub(r"\.0+(?=\D|$)", "", text)
+    return re.sub(r"\.?0+(?=\D|$)", "", text) if "." in text else text
 
 
 def _png(figure: Any) -> bytes:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -57,6 +57,7 @@ class Tokenizer:
             is one. Turn marks that are not given are read off the chat template.
         chat_template: Jinja source, or None.
         max_seq_len: what the files say the model accepts, in tokens; only kept for saving.
+        stop_ids: ids that end an answer beside end of text and end of turn.
 
     Raises:
         CheckpointError: the text is not a tokenizer.json this library can run.
@@ -69,6 +70,7 @@ class Tokenizer:
         special: Mapping[str, str] | None = None,
         chat_template: str | None = None,
         max_seq_len: int | None = None,
+        stop_ids: Collection[int] = (),
     ):
         spec = _parse(text)
         self._spec, self._special_text = spec, dict(special or {})
@@ -93,12 +95,19 @@ class Tokenizer:
             raise CheckpointError(
                 f"the decoder in tokenizer.json is malformed: {error!r}", fix="save it again"
             ) from None
+        self._more_stops = tuple(sorted({i for i in stop_ids if 0 <= i < self.vocab_size}))
         self.special = Special(**{name: self._ids[text] for name, text in self._special_text.items()})
         if self.special.turn_end is None:
             from octavo.tokenizer.chat import find_turn_marks
 
             start, end = find_turn_marks(self)
             self.special = Special(**{**_as_dict(self.special), "turn_start": start, "turn_end": end})
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end an answer: end of text, end of turn, and what generation_config.json adds."""
+        ends = (self.special.eos, self.special.turn_end, *self._more_stops)
+        return frozenset(i for i in ends if i is not None)
 
     @cached_property
     def _ids(self) -> dict[str, int]:
@@ -271,14 +280,16 @@ class Tokenizer:
         return load(Path(path))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self.to_json(), self.special_text, self.chat_template, self.max_seq_len)
+        return _rebuild, (self.to_json(), self.special_text, self.chat_template, self.max_seq_len, self._more_stops)
 
     def __repr__(self) -> str:
         return f"Tokenizer({self._spec['model']['type']}, vocab_size={self.vocab_size}, hash={self.hash[:12]})"
 
 
-def _rebuild(text: str, special: dict[str, str], template: str | None, max_seq_len: int | None) -> Tokenizer:
-    return Tokenizer(text, special=special, chat_template=template, max_seq_len=max_seq_len)
+def _rebuild(
+    text: str, special: dict[str, str], template: str | None, max_seq_len: int | None, stop_ids: tuple[int, ...]
+) -> Tokenizer:
+    return Tokenizer(text, special=special, chat_template=template, max_seq_len=max_seq_len, stop_ids=stop_ids)
 
 
 def _as_dict(special: Special) -> dict[str, int | None]:

@@ -106,11 +106,14 @@ def _load(folder: Path, text: str) -> Tokenizer:
     ours = config.get("octavo")
     roles |= {k: v for k, v in (ours if isinstance(ours, dict) else {}).items() if k in ("turn_start", "turn_end")}
     limit = config.get("model_max_length")
+    ends = _read_json(folder / "generation_config.json").get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
     return Tokenizer(
         text,
         special=roles,
         chat_template=_template(folder, config),
         max_seq_len=limit if isinstance(limit, int) and 0 < limit < NO_LIMIT else None,
+        stop_ids=[i for i in ends if isinstance(i, int)],
     )
 
 
