@@ -424,7 +424,7 @@ def run(
     elif overrides:
         recipe = Recipe.parse(apply_overrides(recipe.plain(), overrides))
     folder = RunFolder(out if out is not None else Path("runs") / recipe.name)
-    console = console or Console(record=None)
+    console = console or Console()
     with StopSignal(max_time, notify=console.warn) as stop, folder.lock():
         try:
             tune_allocator()

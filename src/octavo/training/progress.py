@@ -13,15 +13,14 @@ forked workers are safe and a killed run leaves the terminal as it was.
 
 from __future__ import annotations
 
-import json
+import io
 import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 from octavo.report import words
 
@@ -179,8 +178,6 @@ class Console:
         stream: where to write; standard error, so that standard output stays free for results.
         width: columns, None to ask the terminal.
         interval_seconds: time between two plain lines of one bar.
-        record: a JSON Lines file to which every finished stage is appended (name, i, n, started,
-            seconds, status), for the report's timeline.
         clock: seconds from any fixed moment.
     """
 
@@ -191,7 +188,6 @@ class Console:
         stream: TextIO | None = None,
         width: int | None = None,
         interval_seconds: float = 10.0,
-        record: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         from rich.console import Console as Rich
@@ -203,10 +199,9 @@ class Console:
         self.mode: Mode = mode
         self.clock = clock
         self.interval_seconds = REDRAW_SECONDS if mode == "live" else interval_seconds
-        self.record = record
         self.stages: list[tuple[str, float, str]] = []
         self._rich = Rich(
-            file=stream,
+            file=io.StringIO(),
             width=width,
             highlight=False,
             markup=False,
@@ -214,11 +209,12 @@ class Console:
             force_terminal=mode == "live",
             no_color=True if mode == "plain" else None,
         )
+        self._stream, self._encoding = stream, getattr(stream, "encoding", None) or "utf-8"
         self._bars: list[Bar] = []
         self._drawn = 0
         self._best: float | None = None
         try:
-            "━│✓".encode(self._rich.encoding)
+            "━│✓".encode(self._encoding)
             self._unicode = True
         except UnicodeEncodeError:
             self._unicode = False
@@ -228,7 +224,7 @@ class Console:
     @contextmanager
     def stage(self, name: str, i: int, n: int, detail: str = "") -> Iterator[None]:
         """Heading ``i/n name detail`` before, the time it took after; bars left open are closed."""
-        began, started = self.clock(), time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        began = self.clock()
         self._best = None
         self._print(
             (f"\n{i}/{n} ", "bold cyan"), (name, "bold"), (f"  {words.printable(detail)}" * bool(detail), "dim")
@@ -244,9 +240,6 @@ class Console:
             self.stages.append((name, seconds, status))
             mark = ("✓" if self._unicode else "done", "green") if status == "done" else ("stopped", "yellow")
             self._print((INDENT, ""), mark, (f" {words.duration(seconds)}", "dim"))
-            self._write_record(
-                {"stage": name, "i": i, "n": n, "started": started, "seconds": round(seconds, 3), "status": status}
-            )
 
     def kept(self, name: str, i: int, n: int, detail: str = "finished earlier") -> None:
         """One line for a stage whose result is already in the run folder."""
@@ -287,13 +280,15 @@ class Console:
         """Text from the model as an indented block, its prompt dimmed, long texts cut."""
         from rich.text import Text
 
+        if self.mode == "quiet":
+            return
         edge = f"{INDENT}{'│' if self._unicode else '|'} "
         width = max(20, self._rich.width - len(edge) - 1)
         body = Text.assemble((words.printable(prompt), "dim"), words.printable(text))
         rows = list(body.wrap(self._rich, width, tab_size=4, overflow="fold"))
-        lines = [Text.assemble((f"{INDENT}sample", "bold magenta"), (f"  step {words.exact(step)}", "dim"))] * (
-            step is not None
-        )
+        lines = []
+        if step is not None:
+            lines.append(Text.assemble((f"{INDENT}sample", "bold magenta"), (f"  step {words.exact(step)}", "dim")))
         lines += [Text.assemble((edge, "magenta"), row) for row in rows[:SAMPLE_LINES]]
         if len(rows) > SAMPLE_LINES:
             lines.append(Text.assemble((edge, "magenta"), (f"({len(rows) - SAMPLE_LINES} more lines)", "dim")))
@@ -347,24 +342,22 @@ class Console:
         live = self.mode == "live"
         bars = [self._live(bar) for bar in self._bars] if live else []
         drawn = [line for bar in bars for line in bar]
-        with self._rich.capture() as capture:
-            for line in lines:
-                self._rich.print(line, soft_wrap=not live)
-            for line in drawn:
-                self._rich.print(line, no_wrap=True, overflow="crop")
-        text = capture.get()
+        self._rich.file = page = io.StringIO()
+        for line in lines:
+            self._rich.print(line, soft_wrap=not live)
+        for line in drawn:
+            self._rich.print(line, no_wrap=True, overflow="crop")
+        text = page.getvalue()
         if live:
             up = f"\x1b[{self._drawn}A" if self._drawn else ""
             text = "\r" + up + text.replace("\n", "\x1b[K\n") + "\x1b[J"
         self._drawn = len(drawn)
-        file = self._rich.file
-        encoding = self._rich.encoding
         try:
-            file.write(text.encode(encoding, "replace").decode(encoding))
-            file.flush()
+            self._stream.write(text.encode(self._encoding, "replace").decode(self._encoding))
+            self._stream.flush()
         except (OSError, ValueError):
             self.mode = "quiet"  # the terminal is gone; hours of training must not end with it
-            self._rich.file = open(os.devnull, "w")  # noqa: SIM115 - lives as long as the console
+            self._stream = open(os.devnull, "w")  # noqa: SIM115 - lives as long as the console
 
     def _plain(self, bar: Bar) -> str:
         head, figures = bar.parts()
@@ -396,11 +389,6 @@ class Console:
         while figures and sum(len(part) + 3 for part in figures) - 3 > room:
             figures.pop()
         return [first] + ([Text(INDENT + "   ".join(figures), "dim")] if figures else [])
-
-    def _write_record(self, event: Mapping[str, Any]) -> None:
-        if self.record is not None:
-            with open(self.record, "a", encoding="utf-8") as file:
-                file.write(json.dumps(event) + "\n")
 
 
 def _figure(name: str, value: float) -> str:
