@@ -110,18 +110,9 @@ class Recipe(Config):
             ConfigErrors: everything that is wrong with it.
         """
         text, where = _read(name_or_path)
-        try:
-            root = yaml.compose(text, Loader=_Loader)
-            raw = _parse_yaml(text)
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            line = f"{where}:{mark.line + 1}" if mark else where
-            raise ConfigErrors(
-                [ConfigError(f"{where} is not YAML: {getattr(error, 'problem', error)}", where=line, fix="mend it")]
-            ) from None
+        raw, lines = _read_yaml(text, where)
         if not isinstance(raw, dict):
             raise ConfigErrors([ConfigError(f"{where} is not a mapping of sections", fix="see `octavo schema`")])
-        lines = _lines(root)
         raw = apply_overrides(raw, overrides, lines)
         return cls.parse(raw, where, lines)
 
@@ -167,6 +158,23 @@ def _parse_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
+def _read_yaml(text: str, where: str) -> tuple[Any, dict[tuple[Any, ...], str | int]]:
+    """Plain values and the line of every key.
+
+    Raises:
+        ConfigErrors: no YAML, a value that does not exist (a 13th month), a key given twice, or aliases that
+            make it endless.
+    """
+    try:
+        lines = _lines(yaml.compose(text, Loader=_Loader))
+        return _parse_yaml(text), lines
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        why = " ".join(str(getattr(error, "problem", None) or error).split())
+        line = f"{where}:{mark.line + 1}" if mark else where
+        raise ConfigErrors([ConfigError(f"{where} cannot be read as YAML: {why}", where=line, fix="mend it")]) from None
+
+
 def names() -> list[str]:
     """The recipes shipped with the package."""
     folder = resources.files("octavo") / "recipes"
@@ -176,7 +184,7 @@ def names() -> list[str]:
 def _read(name_or_path: str | Path) -> tuple[str, str]:
     name = str(name_or_path)
     path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
+    if path.suffix in (".yaml", ".yml") or _is_file(path):
         try:
             return path.read_text(encoding="utf-8"), name
         except OSError as error:
@@ -186,6 +194,13 @@ def _read(name_or_path: str | Path) -> tuple[str, str]:
     if name not in names():
         raise ConfigError(f"there is no recipe `{name}`", fix=did_you_mean(name, names(), thing="recipe"))
     return (resources.files("octavo") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"), f"{name}.yaml"
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # longer than any file name
+        return False
 
 
 def apply_overrides(
@@ -202,7 +217,7 @@ def apply_overrides(
             continue
         try:
             parsed = _parse_yaml(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             errors.append(ConfigError(f"override {text!r}: the value is not YAML", fix="put quotes around it"))
             continue
         problem = _set(result, path, parsed)
@@ -242,17 +257,27 @@ def _set(raw: Any, path: Sequence[str], value: Any) -> str:
 # ------------------------------------------------------------------------------------------ explaining
 
 
-def _lines(node: yaml.Node | None, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], str | int]:
-    """The line every key stands on."""
-    found: dict[tuple[Any, ...], str | int] = {}
+MAX_ENTRIES, MAX_DEPTH = 100_000, 50
+
+
+def _lines(
+    node: yaml.Node | None, path: tuple[Any, ...] = (), found: dict[tuple[Any, ...], str | int] | None = None
+) -> dict[tuple[Any, ...], str | int]:
+    """The line every key stands on. An alias counts as often as it is used."""
+    found = {} if found is None else found
+    if len(found) > MAX_ENTRIES or len(path) > MAX_DEPTH:
+        raise yaml.MarkedYAMLError(problem="it is too large or contains itself", problem_mark=node and node.start_mark)
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            found[(*path, key.value)] = key.start_mark.line + 1
-            found |= _lines(value, (*path, key.value))
+            here = (*path, key.value if isinstance(key, yaml.ScalarNode) else id(key))
+            if here in found:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark)
+            found[here] = key.start_mark.line + 1
+            _lines(value, here, found)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
             found[(*path, index)] = value.start_mark.line + 1
-            found |= _lines(value, (*path, index))
+            _lines(value, (*path, index), found)
     return found
 
 
@@ -267,7 +292,7 @@ def explain(
     found = []
     for problem in error.errors(include_url=False):
         path = _path(raw, problem["loc"])
-        dotted = ".".join(map(str, path)) or "the recipe"
+        dotted = _visible(".".join(map(str, path))) or "the recipe"
         line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
         place = f"{where}:{line}" if isinstance(line, int) else (line or where)
         kind, value = problem["type"], problem.get("input")
@@ -280,22 +305,35 @@ def explain(
         elif kind == "missing":
             missing = problem["loc"][-1]
             what, fix = f"{'.'.join(map(str, (*path, missing)))} is missing", "give it a value"
-        elif kind in ("union_tag_invalid", "union_tag_not_found", "literal_error"):
+        elif kind == "union_tag_not_found":
+            what = f"{dotted} has no kind"
+            kinds = [config.model_fields["kind"].default for config in _choices(root, raw, path)[0]]
+            fix = f"add {dotted}.kind, one of {', '.join(map(str, kinds))}"
+        elif kind in ("union_tag_invalid", "literal_error"):
             expected = problem.get("ctx", {}).get("expected_tags") or problem.get("ctx", {}).get("expected", "")
             options = [part.strip(" '") for part in str(expected).replace(" or ", ", ").split(",") if part.strip(" '")]
             given = value.get("kind") if isinstance(value, dict) else value
-            what = f"{dotted} = {given!r} is not one of {', '.join(options)}"
+            what = f"{dotted} = {_shown(given)} is not one of {', '.join(options)}"
             fix = did_you_mean(str(given), options, thing="value")
         elif kind == "value_error":
-            what = str(problem["ctx"]["error"])
+            what = str(problem.get("ctx", {})["error"])
             what = what if path == () else f"{dotted}: {what}"
             what, _, fix = what.partition("; use ")
-            fix = f"use {fix}" if fix else "change one of the two"
+            fix = f"use {fix}" if fix else "change what it names"
         else:
-            what = f"{dotted} = {value!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+            what = f"{dotted} = {_shown(value)}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
             fix = "correct the value"
         found.append(ConfigError(what, where=place, fix=fix))
     return found
+
+
+def _visible(text: str) -> str:
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _path(raw: Any, loc: Sequence[Any]) -> tuple[Any, ...]:
@@ -312,16 +350,20 @@ def _path(raw: Any, loc: Sequence[Any]) -> tuple[Any, ...]:
 
 def owner(root: type[Config], raw: Any, path: Sequence[Any]) -> type[Config] | None:
     """The configuration class that the section at ``path`` is read as."""
+    return _chosen(*_choices(root, raw, path))
+
+
+def _choices(root: type[Config], raw: Any, path: Sequence[Any]) -> tuple[list[type[Config]], Any]:
+    """The configuration classes that the section at ``path`` may be read as, and what is written there."""
     annotation: Any = root
     for part in path:
-        choices = _configs(annotation)
-        config = _chosen(choices, raw)
+        config = _chosen(_configs(annotation), raw)
         raw = raw[part] if isinstance(raw, Mapping | list | tuple) else None
         if config is not None and part in config.model_fields:
             field = config.model_fields[part]
             annotation = (field.annotation, *field.metadata)
         # a key of a dict or an index of a list: the same annotation's inner configs
-    return _chosen(_configs(annotation), raw)
+    return _configs(annotation), raw
 
 
 def _configs(annotation: Any) -> list[type[Config]]:

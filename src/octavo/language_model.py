@@ -125,9 +125,10 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto") -> LanguageModel:
         saved = read_config(folder).get("dtype") or read_config(folder).get("torch_dtype")
         keep = saved == "bfloat16" and best_precision() == "bf16"
         dtype = torch.bfloat16 if keep else torch.float32
-    elif isinstance(dtype, str):
-        dtype = getattr(torch, dtype)
-    return LanguageModel(load_model(folder, dtype), Tokenizer.load(folder))
+    wanted = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
+    if not isinstance(wanted, torch.dtype):
+        raise ConfigError(f"dtype = {dtype!r} is not a number format of torch", fix="use auto, float32 or bfloat16")
+    return LanguageModel(load_model(folder, wanted), Tokenizer.load(folder))
 
 
 def _sampling(config: SamplingConfig | None, settings: dict[str, Any]) -> SamplingConfig:

@@ -40,8 +40,8 @@ def one_of(table: Mapping[str, type], default: str | None = None) -> Any:
     A ``kind`` with a colon, ``package.module:Class``, names a user's own component: its ``Config`` is
     used the same way. A bare string is short for ``{kind: string}``.
     """
-    configs = tuple(component.Config for component in table.values())
-    union: Any = Union[configs] if len(configs) > 1 else configs[0]  # noqa: UP007 - built at run time
+    configs: list[Any] = [entry.Config for entry in table.values()]  # type: ignore[attr-defined]
+    union: Any = Union[tuple(configs)]  # noqa: UP007 - built at run time
     if len(configs) > 1:
         union = Annotated[union, Field(discriminator="kind")]
 

@@ -21,6 +21,7 @@ from octavo.data.shards import Shards
 from octavo.errors import DataError
 
 Array = np.ndarray[Any, Any]
+Ids = Sequence[int] | Array
 Batch = dict[str, Array]
 
 FIELDS = ("tokens", "targets", "loss_mask", "doc_ids", "positions", "valid")
@@ -172,7 +173,9 @@ class WholeRows(Packed):
         pad: id in empty slots.
     """
 
-    def __init__(self, samples: Iterable[tuple[Sequence[int], Sequence[int]]], seq_len: int, *, pad: int = 0):
+    def __init__(
+        self, samples: Iterable[tuple[Sequence[int] | Array, Sequence[int] | Array]], seq_len: int, *, pad: int = 0
+    ):
         self.seq_len, self.pad = seq_len, pad
         tokens: list[Array] = []
         masks: list[Array] = []

@@ -31,6 +31,8 @@ class Family(ABC):
     architecture: str
     ignored: tuple[str, ...] = ()  # patterns of tensors that hold no weights, such as stored masks
     optional_prefix: str = ""  # a prefix that some writers leave out
+    head: str  # the output matrix, which tied checkpoints may or may not repeat
+    head = "lm_head.weight"  # the output matrix, which tied checkpoints may or may not repeat
 
     @abstractmethod
     def read(self, hf: Mapping[str, Any]) -> Decoder.Config:
@@ -47,11 +49,6 @@ class Family(ABC):
     @abstractmethod
     def entries(self, config: Decoder.Config) -> list[Entry]:
         """Every tensor of the checkpoint, tied ones left out."""
-
-    @property
-    @abstractmethod
-    def head(self) -> str:
-        """Their name of the output matrix, which tied checkpoints may or may not repeat."""
 
     def fits(self, config: Decoder.Config) -> bool:
         """Whether the family can say exactly this model: written and read back it is the same."""

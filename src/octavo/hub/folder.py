@@ -277,7 +277,7 @@ def save_model(
 
 
 def _stack(entry: Entry, own: Mapping[str, Tensor]) -> Tensor:
-    tensor = torch.cat([own[name] for name in entry.ours]) if len(entry.ours) > 1 else own[entry.ours[0]]
+    tensor = torch.cat([own[name] for name in entry.ours])
     return (tensor.T if entry.transposed else tensor).contiguous().clone()
 
 

@@ -15,7 +15,6 @@ class GPT2(Family):
     model_type, architecture = "gpt2", "GPT2LMHeadModel"
     ignored = (r".*\.attn\.(bias|masked_bias)",)
     optional_prefix = "transformer."
-    head = "lm_head.weight"
 
     def read(self, hf: Mapping[str, Any]) -> Decoder.Config:
         for key, plain in {
@@ -55,14 +54,15 @@ class GPT2(Family):
 
     def write(self, config: Decoder.Config) -> dict[str, Any]:
         block = config.blocks[config.layer_names()[0]]
+        channel: Any = block.channel
         return {
             "vocab_size": config.vocab_size,
             "n_embd": config.d_model,
             "n_layer": config.n_layers,
             "n_head": block.mixer.n_heads,
-            "n_inner": block.channel.d_ff or 4 * config.d_model,
+            "n_inner": channel.d_ff or 4 * config.d_model,
             "n_positions": config.max_seq_len,
-            "activation_function": hf_activation(block.channel.activation),
+            "activation_function": hf_activation(channel.activation),
             "layer_norm_epsilon": config.norm.eps,
             "tie_word_embeddings": config.tie_embeddings,
             "attn_pdrop": block.mixer.dropout,

@@ -15,7 +15,6 @@ class Llama(Family):
     model_type, architecture = "llama", "LlamaForCausalLM"
     ignored = (r".*\.rotary_emb\.inv_freq",)
     optional_prefix = "model."
-    head = "lm_head.weight"
     default_theta = 10000.0
     default_head_dim: int | None = None  # None: hidden_size / num_attention_heads
 
@@ -86,7 +85,8 @@ class Llama(Family):
 
     def write(self, config: Decoder.Config) -> dict[str, Any]:
         blocks = [config.blocks[name] for name in config.layer_names()]
-        mixer, channel = blocks[0].mixer, blocks[0].channel
+        mixer: Any = blocks[0].mixer
+        channel: Any = blocks[0].channel
         return {
             "vocab_size": config.vocab_size,
             "hidden_size": config.d_model,
@@ -116,6 +116,7 @@ class Llama(Family):
         for i, name in enumerate(config.layer_names()):
             block, theirs, ours = config.blocks[name], f"{root}layers.{i}", f"blocks.{i}.layers"
             attention, mlp = f"{ours}.mixer.mixer", f"{ours}.channel.mixer"
+            channel: Any = block.channel
             biased = dict.fromkeys("qkv", block.mixer.qkv_bias) | {"o": block.mixer.o_bias}
             for p, has_bias in biased.items():
                 found += [
@@ -127,7 +128,7 @@ class Llama(Family):
                 found += [
                     Entry(f"{theirs}.mlp.{p}_proj.{part}", (f"{mlp}.{p}.{part}",))
                     for part in ("weight", "bias")
-                    if part == "weight" or block.channel.bias
+                    if part == "weight" or channel.bias
                 ]
             found.append(Entry(f"{theirs}.input_layernorm.weight", (f"{ours}.mixer.norm_in.weight",)))
             found.append(Entry(f"{theirs}.post_attention_layernorm.weight", (f"{ours}.channel.norm_in.weight",)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch.nn.functional as F
@@ -78,11 +79,16 @@ class Block(nn.Module):
         )
         self.norm = component(NORMS, norm.kind)(norm, dims.d_model) if config.shared_norm else None  # type: ignore[attr-defined]
 
+    def sub_layers(self) -> Iterable[tuple[str, SubLayer]]:
+        """Name and sub-layer, in the order of application."""
+        return self.layers.items()  # type: ignore[return-value]
+
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, Aux]:
-        scale, aux = self.config.residual_scale, {}
+        scale = self.config.residual_scale
+        aux: Aux = {}
         shared = self.norm(x) if self.norm is not None else x
         total = x if scale == 1 else x * scale
-        for name, layer in self.layers.items():
+        for name, layer in self.sub_layers():
             source = shared if self.config.topology == "parallel" else x
             y, new = layer(source, ctx, state, f"{self.depth}.{name}")
             aux |= {key: aux[key] + value if key in aux else value for key, value in new.items()}

@@ -56,7 +56,7 @@ def predicted_parameters(model: Decoder) -> int:
     total = (
         V * D + model.positions.predicted_parameters() + sum(m.predicted_parameters() for m in model.mixers().values())
     )
-    for block in model.blocks:
+    for block in model.stack():
         per_layer = 2 if block.config.norm_placement == "sandwich" else 1
         total += norm * (1 if block.config.shared_norm else per_layer * len(block.layers))
     total += norm if config.final_norm else 0

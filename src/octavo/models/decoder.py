@@ -131,7 +131,7 @@ class Decoder(nn.Module):
 
     def _stack(self, x: Tensor, ctx: Context, state: State | None, keep: list[Tensor] | None) -> tuple[Tensor, Aux]:
         aux: Aux = {}
-        for block in self.blocks:
+        for block in self.stack():
             x, new = block(x, ctx, state)
             aux |= {key: aux[key] + value if key in aux else value for key, value in new.items()}
             if keep is not None:
@@ -168,7 +168,11 @@ class Decoder(nn.Module):
 
     def mixers(self) -> dict[str, Mixer]:
         """Every mixer by its state's name, ``depth.mixer`` or ``depth.channel``."""
-        return {f"{block.depth}.{name}": layer.mixer for block in self.blocks for name, layer in block.layers.items()}
+        return {f"{block.depth}.{name}": layer.mixer for block in self.stack() for name, layer in block.sub_layers()}
+
+    def stack(self) -> list[Block]:
+        """The blocks, first to last."""
+        return list(self.blocks)  # type: ignore[arg-type]
 
     @property
     def capabilities(self) -> Capabilities:

@@ -150,6 +150,9 @@ class Mixer(nn.Module, ABC):
         """The fields this mixer keeps between calls, by name; none by default."""
         return {}
 
+    def reset(self) -> None:
+        """Set the starting values of parameters that are not inside a Projection."""
+
     @abstractmethod
     def flops(self, n_queries: int, n_keys: int) -> int:
         """Multiply-adds times two of one row's forward pass, matrix products only."""

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from octavo.nn.contracts import Mixer
+from octavo.nn.norm import Norm
 from octavo.schema import Config
 
 # Roles whose product is added to the residual stream: their variance adds up over the depth.
@@ -102,7 +104,7 @@ class Embedding(nn.Module):
 
 @torch.no_grad()
 def initialise(model: nn.Module, config: InitConfig, n_layers: int, generator: torch.Generator | None = None) -> None:
-    """Set every weight of ``model`` in place by its role; components without a role say how in ``reset``."""
+    """Set every weight of ``model`` in place by its role; other parameters are set by ``reset``."""
     for module in model.modules():
         if isinstance(module, Projection | Embedding):
             scale = (2 * n_layers) ** -0.5 if config.scale_residual and module.role in RESIDUAL_ROLES else 1.0
@@ -114,5 +116,5 @@ def initialise(model: nn.Module, config: InitConfig, n_layers: int, generator: t
                 module.weight[module.padding_id].zero_()
             if isinstance(module, Projection) and module.bias is not None:
                 module.bias.zero_()
-        elif hasattr(module, "reset"):
+        elif isinstance(module, Mixer | Norm):
             module.reset()
