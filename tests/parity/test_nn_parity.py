@@ -31,6 +31,12 @@ from octavo.nn.norm import LayerNorm, RMSNorm
 from octavo.nn.position import RotaryPositions, Rotation, rope_frequencies, sinusoid
 from octavo.nn.state import place
 
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
 DIMS = Dims(16, 1, 32)
 
 

@@ -18,6 +18,11 @@ from octavo.training.optim import OPTIMIZERS, role_of
 from octavo.training.schedule import SCHEDULES
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
 def small() -> Decoder:
     block = {"mixer": {"kind": "attention", "n_heads": 2, "qkv_bias": True}}
     config = {"d_model": 8, "n_layers": 2, "vocab_size": 13, "max_seq_len": 16, "blocks": {"block": block}}

@@ -15,7 +15,16 @@ from octavo.schema import Config
 
 
 def causal(subject: Subject) -> None:
-    """The gradient of an output with respect to every later token's embedding is exactly zero."""
+    """The gradient of an output with respect to every later token's embedding is exactly zero.
+
+    Asked of whole rows, and of rows said to be one document, where a mask stands for the flag.
+    """
+    one_document = {"doc_ids": torch.zeros(2, subject.n_tokens, dtype=torch.long)}
+    _causal(subject, {}, "")
+    _causal(subject, one_document, ", with a mask")
+
+
+def _causal(subject: Subject, named: dict[str, Tensor], said: str) -> None:
     model, T = subject.model, subject.n_tokens
     leaves: list[Tensor] = []
 
@@ -25,15 +34,17 @@ def causal(subject: Subject) -> None:
 
     hook = model.embed.register_forward_hook(replace)
     try:
-        logits = model(Inputs(subject.tokens(2))).logits
+        logits = model(Inputs(subject.tokens(2), **named)).logits
     finally:
         hook.remove()
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1), dtype=logits.dtype)
     for t in (0, 1, T // 2, T - 2):
         (gradient,) = torch.autograd.grad((logits * weights)[:, t].sum(), leaves[0], retain_graph=True)
         later = gradient[:, t + 1 :].abs().amax((0, 2))
-        require(bool((later == 0).all()), f"the output at token {t} depends on token {t + 1 + int(later.argmax())}")
-        require(bool((gradient[:, t] != 0).any()), f"the output at token {t} does not depend on that token")
+        require(
+            bool((later == 0).all()), f"the output at token {t} depends on token {t + 1 + int(later.argmax())}{said}"
+        )
+        require(bool((gradient[:, t] != 0).any()), f"the output at token {t} does not depend on that token{said}")
 
 
 def packed(subject: Subject) -> None:

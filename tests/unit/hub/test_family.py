@@ -14,6 +14,11 @@ from octavo.models.decoder import Decoder, build
 from octavo.nn.activation import ACTIVATIONS
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
 def config(block: dict | None = None, **changes) -> Decoder.Config:
     block = {"mixer": {"kind": "attention", "n_heads": 2, "n_kv_heads": 1}, "channel": {"kind": "glu"}} | (block or {})
     plain = {"d_model": 16, "n_layers": 2, "vocab_size": 19, "max_seq_len": 16, "blocks": {"block": block}}

@@ -12,6 +12,11 @@ from octavo.models.decoder import Decoder, build
 from octavo.nn.contracts import Inputs
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
 def config(**changes) -> Decoder.Config:
     block = {"mixer": {"kind": "attention", "n_heads": 2}, **changes.pop("block", {})}
     plain = {"d_model": 16, "n_layers": 3, "vocab_size": 19, "max_seq_len": 16, "blocks": {"block": block}}

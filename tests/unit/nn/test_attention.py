@@ -15,6 +15,11 @@ from octavo.nn.contracts import Context, Dims, Inputs
 from octavo.nn.state import ContiguousState, place
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
 def attention(d_model: int = 16, **values) -> Attention:
     mixer = Attention(Attention.Config(**values), Dims(d_model, 1, 32)).double()
     randomise(mixer, 0)

@@ -13,6 +13,11 @@ from octavo.nn.projection import Embedding, InitConfig, Projection, initialise
 from octavo.training.optim import OPTIMIZERS
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
 def table(n: int = 7, d: int = 4) -> Embedding:
     embedding = Embedding(n, d, "embed").double()
     embedding.weight.data = torch.randn(n, d, dtype=torch.float64)
@@ -118,6 +123,7 @@ def test_weights_start_by_role():
     )  # fmt: skip
     with torch.no_grad():
         model[3].weight.fill_(7.0)
+    model.requires_grad_(False)
     initialise(model, InitConfig(std=0.02), n_layers=8, generator=torch.Generator().manual_seed(0))
     assert float(model[0].weight.std()) == pytest.approx(0.02, rel=0.02)
     assert float(model[1].weight.std()) == pytest.approx(0.02 / 4, rel=0.02)  # sqrt(2 * 8)

@@ -14,6 +14,11 @@ from octavo.nn.contracts import Inputs
 from octavo.nn.position import RotaryPositions, SinusoidalPositions, sinusoid
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
 def model(positions: dict, max_seq_len: int = 8, **mixer):
     block = {"mixer": {"kind": "attention", "n_heads": 2, **mixer}}
     config = {"d_model": 16, "n_layers": 2, "vocab_size": 19, "max_seq_len": max_seq_len,

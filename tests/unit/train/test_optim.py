@@ -8,6 +8,12 @@ import torch
 from octavo.models.decoder import Decoder, build
 from octavo.training.optim import OPTIMIZERS, role_of
 
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
 BLOCK = {"mixer": {"kind": "attention", "n_heads": 2, "qkv_bias": True}}
 
 
