@@ -31,7 +31,6 @@ class Family(ABC):
     architecture: str
     ignored: tuple[str, ...] = ()  # patterns of tensors that hold no weights, such as stored masks
     optional_prefix: str = ""  # a prefix that some writers leave out
-    head: str  # the output matrix, which tied checkpoints may or may not repeat
     head = "lm_head.weight"  # the output matrix, which tied checkpoints may or may not repeat
 
     @abstractmethod
