@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from octavo.stop import StopSignal
 from octavo.tokenizer import Tokenizer
 from octavo.tokenizer import train as train_tokenizer
 from octavo.training.loop import Held, Trainer
-from octavo.training.machine import resolve, set_threads, tune_allocator
+from octavo.training.machine import has_device, resolve, set_threads, tune_allocator
 from octavo.training.progress import Console
 from octavo.training.settings import TrainConfig
 
@@ -82,7 +83,8 @@ class Pipeline:
         found: list[tuple[str, Callable[[], dict[str, Any] | None], Any]] = []
         if r.data is not None:
             found.append(("data", self.data, self._data_fingerprint(r.data)))
-        found.append(("tokenizer", self.tokenizer, r.tokenizer.model_dump(mode="json")))
+        brought = r.model.path if isinstance(r.model, Pretrained.Config) else None
+        found.append(("tokenizer", self.tokenizer, [r.tokenizer.model_dump(mode="json"), brought]))
         if r.train is not None:
             found.append(("pretrain", self.pretrain, [r.model.model_dump(mode="json"), _deciding(r.train)]))
         if r.tune is not None:
@@ -151,7 +153,7 @@ class Pipeline:
         model = self._start(tokenizer)
         data = self.folder.path / "data"
         shards = Shards.open(data / "train")
-        seq_len = config.seq_len or model.max_seq_len
+        seq_len = _seq_len(config, model)
         weights = [source.weight for source in recipe.data.sources] if recipe.data else None
         source = pretraining_loader(shards, seq_len, _rows(config, seq_len), seed=recipe.seed, weights=weights)
         epochs = config.steps / source.steps_per_epoch
@@ -176,7 +178,7 @@ class Pipeline:
             return {}
         tokenizer = self._tokenizer()
         model = load(self.folder.base_path).model if recipe.train else self._start(tokenizer)
-        seq_len = config.seq_len or model.max_seq_len
+        seq_len = _seq_len(config, model)
         conversations, held_out = self._conversations(config)
         report = chat.ChatReport()
         samples = chat.tokenise(conversations, tokenizer, seq_len + 1, report)
@@ -256,7 +258,7 @@ class Pipeline:
 
         folder = self.folder.path / stage
         make_folder(folder)
-        seq_len = config.seq_len or model.max_seq_len
+        seq_len = _seq_len(config, model)
         held = Held(
             folder=folder,
             run_id=self.folder.id,
@@ -308,9 +310,8 @@ class Pipeline:
             raise ConfigErrors([ConfigError("tune.data is not a chat source")])
         rows = chat.read(config.data)
         # Spread over the file, so that a file sorted by topic is not split by topic.
-        every = round(1 / config.held_out) if config.held_out else 0
-        held = [row for i, row in enumerate(rows) if every and i % every == every - 1]
-        return [row for i, row in enumerate(rows) if not (every and i % every == every - 1)], held
+        held = [int((i + 1) * config.held_out) > int(i * config.held_out) for i in range(len(rows))]
+        return list(compress(rows, (not out for out in held))), list(compress(rows, held))
 
     def _questions(self) -> Sequence[Question]:
         path = self.folder.path / "tune" / "data" / "held_out.jsonl"
@@ -347,6 +348,11 @@ class Pipeline:
                 bar.close()
 
 
+def _seq_len(config: TrainConfig, model: Decoder) -> int:
+    """Tokens a row: as asked, else the model's whole context, of which a pretrained one may have too much."""
+    return config.seq_len or min(model.max_seq_len, config.step_tokens)
+
+
 def _rows(config: TrainConfig, seq_len: int) -> int | None:
     """Rows of an optimizer step; None means all."""
     return {"per_sample": 1, "full_batch": None}.get(config.update, max(1, config.step_tokens // seq_len))
@@ -380,6 +386,8 @@ def freeze(recipe: Recipe, existing: Mapping[str, Any] | None) -> tuple[Recipe, 
         section = getattr(recipe, name)
         if section is None:
             continue
+        if not has_device(section.device):
+            raise ConfigError(f"{name}.device = {section.device}: torch finds no such device", fix="leave it out")
         before = (existing or {}).get(name) or {}
         known = {
             key: before[key]

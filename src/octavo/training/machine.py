@@ -45,6 +45,14 @@ def tune_allocator() -> bool:
     )
 
 
+def has_device(device: str) -> bool:
+    """Whether torch can compute on ``device`` here: cpu, cuda, cuda:N or mps."""
+    kind, _, number = device.partition(":")
+    if kind == "cuda":
+        return int(number or 0) < torch.cuda.device_count()
+    return kind == "cpu" or (kind == "mps" and torch.backends.mps.is_available())
+
+
 def best_precision(device: str = "cpu") -> Precision:
     """bf16 where the processor multiplies it faster than fp32, else fp32.
 
