@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ def draw(metrics: Metrics, *, stage: str, baselines: Mapping[str, float] | None 
         with _figure(title, metrics) as (figure, axes):
             if paint(axes, metrics):
                 axes.margins(x=0.01)
-                plots.append(Plot(f"{stage}-{name}", title, _svg(figure, title), _png(figure)))
+                full = f"{stage}-{name}"
+                plots.append(Plot(full, title, _svg(figure, full, title), _png(figure)))
     return plots
 
 
@@ -124,7 +126,8 @@ def _loss(axes: Any, metrics: Metrics) -> bool:
         # The first steps stand far above the rest and would press everything else flat.
         low, high = min([*mean, *held]), max([*mean[1:], *held])
         axes.set_ylim(low - 0.06 * (high - low) - 1e-6, high + 0.06 * (high - low) + 1e-6)
-    axes.legend(loc="upper right")
+    if len(losses) or len(held):
+        axes.legend(loc="upper right")
     return bool(len(losses) or len(held))
 
 
@@ -133,34 +136,32 @@ def _bits(axes: Any, metrics: Metrics, baselines: Mapping[str, float]) -> bool:
     if not len(steps):
         return False
     axes.plot(metrics.tokens_at(steps), bits, "o-", color=COLOURS["orange"], markersize=3.2, zorder=3)
-    colours = (COLOURS["purple"], COLOURS["green"], COLOURS["blue"], COLOURS["muted"])
+    colours = ("purple", "green", "blue", "muted")
+    labels = [("this model", float(bits[-1]), COLOURS["orange"])]
     for i, (name, level) in enumerate(sorted(baselines.items(), key=lambda item: -item[1])):
-        axes.axhline(level, color=colours[i % 4], linestyle=(0, (4, 3)), linewidth=1.1)
-        axes.annotate(
-            f"{name}  {level:.3f}",
-            (1, level),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, 2),
-            textcoords="offset points",
-            ha="right",
-            va="bottom",
-            color=colours[i % 4],
-            fontsize=7.5,
-        )
-    axes.annotate(
-        f"this model  {bits[-1]:.3f}",
-        (float(metrics.tokens_at(steps)[-1]), bits[-1]),
-        xytext=(0, -5),
-        textcoords="offset points",
-        ha="right",
-        va="top",
-        color=COLOURS["orange"],
-        fontsize=7.5,
-    )
-    low, high = min([*bits, *baselines.values()]), max([bits[0] if len(bits) < 4 else bits[1], *baselines.values()])
-    axes.set_ylim(low - 0.12 * (high - low) - 0.02, high + 0.1 * (high - low) + 0.02)
+        labels.append((name, level, COLOURS[colours[i % len(colours)]]))
+        axes.axhline(level, color=labels[-1][2], linestyle=(0, (4, 3)), linewidth=1.1)
+    levels = [*bits, *baselines.values()]
+    low, high = min(levels), max([bits[0] if len(bits) < 4 else bits[1], *baselines.values()])
+    low, high = low - 0.08 * (high - low) - 0.02, high + 0.08 * (high - low) + 0.02
+    axes.set_ylim(low, high)
     axes.set_ylabel("bits per byte")
+    heights = _apart([(level - low) / (high - low) for _, level, _ in labels], 0.085)
+    for (name, level, colour), height in zip(labels, heights, strict=True):
+        axes.text(
+            1.02, height, f"{name} {level:.3f}", transform=axes.transAxes, va="center", color=colour, fontsize=7.5
+        )
     return True
+
+
+def _apart(heights: list[float], gap: float) -> list[float]:
+    """``heights`` moved as little as keeps the labels at them ``gap`` apart, in the same order."""
+    order = sorted(range(len(heights)), key=heights.__getitem__)
+    placed = list(heights)
+    for before, after in pairwise(order):
+        placed[after] = max(placed[after], placed[before] + gap)
+    over = max(0.0, max(placed) - 1.0)
+    return [height - over for height in placed]
 
 
 def _line(axes: Any, metrics: Metrics, name: str, label: str, colour: str) -> bool:
@@ -214,8 +215,10 @@ def _figure(title: str, metrics: Metrics) -> Iterator[tuple[Any, Any]]:
 
 
 def _count(value: float, _: object = None) -> str:
+    """A tick's number without the noughts that `words.count` fills up with: ``1.5M``, ``10k``."""
     text = words.count(value)
-    return re.sub(r"\.?0+(?=\D|$)", "", text) if "." in text else text
+    number = text.rstrip("kMGT")
+    return (number.rstrip("0").rstrip(".") if "." in number else number) + text[len(number) :]
 
 
 def _png(figure: Any) -> bytes:
@@ -224,7 +227,7 @@ def _png(figure: Any) -> bytes:
     return out.getvalue()
 
 
-def _svg(figure: Any, title: str) -> str:
+def _svg(figure: Any, name: str, title: str) -> str:
     out = io.StringIO()
     figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = out.getvalue()
@@ -233,6 +236,10 @@ def _svg(figure: Any, title: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{title}">', svg, count=1)
-    for name, colour in COLOURS.items():
-        svg = svg.replace(colour, f"var(--plot-{name})")
+    # Several drawings share one page: names that nothing points at go, the others get the drawing's own.
+    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', svg))
+    svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
+    svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    for variable, colour in COLOURS.items():
+        svg = svg.replace(colour, f"var(--plot-{variable})")
     return re.sub(r"\s*\n\s*", "\n", svg)

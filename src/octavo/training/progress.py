@@ -192,9 +192,9 @@ class Console:
     ) -> None:
         from rich.console import Console as Rich
 
-        stream = stream or sys.stderr
+        out: TextIO = stream or sys.stderr or open(os.devnull, "w")  # noqa: SIM115 - no terminal at all
         if mode == "auto":
-            watched = stream.isatty() and not os.environ.get("CI") and os.environ.get("TERM") != "dumb"
+            watched = out.isatty() and not os.environ.get("CI") and os.environ.get("TERM") != "dumb"
             mode = "live" if watched else "plain"
         self.mode: Mode = mode
         self.clock = clock
@@ -209,7 +209,7 @@ class Console:
             force_terminal=mode == "live",
             no_color=True if mode == "plain" else None,
         )
-        self._stream, self._encoding = stream, getattr(stream, "encoding", None) or "utf-8"
+        self._stream, self._encoding = out, getattr(out, "encoding", None) or "utf-8"
         self._bars: list[Bar] = []
         self._drawn = 0
         self._best: float | None = None

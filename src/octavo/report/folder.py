@@ -1,0 +1,148 @@
+"""A run folder as the report sees it: whatever is there, and None for whatever is not (yet)."""
+
+from __future__ import annotations
+
+import json
+import struct
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from octavo.report import metrics
+from octavo.report.metrics import Metrics, number
+
+if TYPE_CHECKING:
+    from octavo.tokenizer import Tokenizer
+
+TRAINING = ("pretrain", "tune")
+
+
+def dig(value: Any, *path: str | int) -> Any:
+    """``value[path[0]][path[1]]...``, None as soon as there is no such entry."""
+    for key in path:
+        if isinstance(value, dict):
+            value = value.get(key)
+        elif isinstance(value, list) and isinstance(key, int) and -len(value) <= key < len(value):
+            value = value[key]
+        else:
+            return None
+    return value
+
+
+def objects(value: Any) -> list[dict[str, Any]]:
+    """The dictionaries in a list; [] for anything else."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+class Run:
+    """What one run left behind; a file that is missing or damaged counts as not there.
+
+    Args:
+        path: the run folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = self._yaml("recipe.yaml")
+        self.environment = self._json("environment.json")
+        self.stages: dict[str, dict[str, Any]] = {
+            name: entry for name, entry in self._json("stages.json").items() if isinstance(entry, dict)
+        }
+        self.scores = self._json("scores.json")
+        self.data = self._json("data/report.json")
+        self.shards = {split: self._json(f"data/{split}/manifest.json") for split in ("train", "valid")}
+        self.training: dict[str, Metrics] = {stage: metrics.read(path / stage / "metrics.jsonl") for stage in TRAINING}
+
+    @property
+    def name(self) -> str:
+        """The recipe's name, else the folder's."""
+        return str(self.recipe.get("name") or self.path.resolve().name)
+
+    def planned(self) -> list[str]:
+        """The stages that the recipe asks for, in order, without the report itself."""
+        sections = (("data", "data"), ("train", "pretrain"), ("tune", "tune"), ("eval", "eval"))
+        names = [stage for section, stage in sections if self.recipe.get(section)]
+        names.insert(1 if "data" in names else 0, "tokenizer")
+        return names if self.recipe else [name for name in self.stages if name != "report"]
+
+    def seconds(self, stage: str) -> float | None:
+        """How long a stage took; training counts the time before an interruption too."""
+        known = [number(dig(self.stages, stage, "seconds"))]
+        if stage in self.training:
+            known.append(self.training[stage].seconds)
+        return max((value for value in known if value is not None), default=None)
+
+    @property
+    def model_path(self) -> Path | None:
+        """The final model's folder, else the pretrained one's."""
+        return next((self.path / n for n in ("model", "base") if (self.path / n / "config.json").is_file()), None)
+
+    @cached_property
+    def parameters(self) -> int | None:
+        """The exact number of parameters: the sizes of all tensors in the model's files, tied ones once."""
+        if self.model_path is None:
+            return None
+        files = sorted(self.model_path.glob("*.safetensors"))
+        try:
+            return sum(map(_count_parameters, files)) if files else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
+            return None
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The run's tokenizer."""
+        from octavo.errors import OctavoError
+        from octavo.tokenizer import load
+
+        try:
+            return load(self.path / "tokenizer")
+        except (OctavoError, OSError, ValueError):
+            return None
+
+    def bits_per_byte(self) -> float | None:
+        """The score on held-out text, else the last validation of the pretraining."""
+        scored = number(dig(self.scores, "model", "bits_per_byte"))
+        return scored if scored is not None else number(dig(self.training["pretrain"].valid, -1, "bits_per_byte"))
+
+    def orders(self) -> dict[int, dict[str, Any]]:
+        """The figures of the Kneser-Ney baseline by order."""
+        found = dig(self.scores, "baseline", "orders")
+        found = found if isinstance(found, dict) else {}
+        usable = {k: v for k, v in found.items() if str(k).isdigit() and number(dig(v, "bits_per_byte")) is not None}
+        return {int(order): usable[order] for order in sorted(usable, key=int)}
+
+    def baselines(self) -> dict[str, float]:
+        """Bits per byte of the trigram and of the best order, by the names they have in plots."""
+        orders = {order: float(figures["bits_per_byte"]) for order, figures in self.orders().items()}
+        if not orders:
+            return {}
+        best = min(orders, key=orders.__getitem__)
+        named = {"trigram": orders[3]} if 3 in orders else {}
+        return named if best == 3 else {**named, f"{best}-gram": orders[best]}
+
+    def _json(self, name: str) -> dict[str, Any]:
+        try:
+            value = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return value if isinstance(value, dict) else {}
+
+    def _yaml(self, name: str) -> dict[str, Any]:
+        import yaml
+
+        try:
+            value = yaml.safe_load((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return {}
+        return value if isinstance(value, dict) else {}
+
+
+def _count_parameters(path: Path) -> int:
+    # The header of a safetensors file: its length in 8 bytes, then JSON with the shape of every tensor.
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > path.stat().st_size:
+            raise ValueError(f"{path} is damaged")
+        header = json.loads(file.read(length))
+    return sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
