@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from octavo.errors import CheckpointError, ConfigError
+from octavo.errors import CheckpointError, ConfigError, ConfigErrors, did_you_mean
 from octavo.files import write_json
 from octavo.hub.folder import load_model, read_config, save_model
 from octavo.infer.generate import Completion, encode_prompt, generate, pieces
@@ -126,12 +127,22 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto") -> LanguageModel:
         keep = saved == "bfloat16" and best_precision() == "bf16"
         dtype = torch.bfloat16 if keep else torch.float32
     wanted = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
-    if not isinstance(wanted, torch.dtype):
+    if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
         raise ConfigError(f"dtype = {dtype!r} is not a number format of torch", fix="use auto, float32 or bfloat16")
     return LanguageModel(load_model(folder, wanted), Tokenizer.load(folder))
 
 
 def _sampling(config: SamplingConfig | None, settings: dict[str, Any]) -> SamplingConfig:
-    if config is not None and settings:
-        return config.model_copy(update=settings)
-    return config or SamplingConfig(**settings)
+    """``config`` with ``settings`` on top, checked: a setting that is ignored would be a wrong answer."""
+    try:
+        return SamplingConfig(**{**(config.model_dump() if config is not None else {}), **settings})
+    except ValidationError as invalid:
+        raise ConfigErrors(_refusal(error["loc"], error["msg"]) for error in invalid.errors()) from None
+
+
+def _refusal(loc: Sequence[int | str], message: str) -> ConfigError:
+    name = str(loc[0])
+    if name not in SamplingConfig.model_fields:
+        fix = did_you_mean(name, SamplingConfig.model_fields, thing="setting")
+        return ConfigError(f"{name} is not a setting of sampling", fix=fix)
+    return ConfigError(f"{name}: {message[0].lower()}{message[1:]}", fix="choose another value")

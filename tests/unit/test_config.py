@@ -319,7 +319,7 @@ def fits(value: Any, part: Any, root: dict[str, Any]) -> bool:
     for options in (part.get("anyOf"), part.get("oneOf")):
         if options is not None and not any(fits(value, option, root) for option in options):
             return False
-    if "const" in part and value != part["const"] or "enum" in part and value not in part["enum"]:
+    if ("const" in part and value != part["const"]) or ("enum" in part and value not in part["enum"]):
         return False
     kinds = {
         "object": dict, "array": list, "string": str, "boolean": bool, "integer": int, "number": (int, float),
