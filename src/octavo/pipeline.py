@@ -25,6 +25,7 @@ from octavo.errors import ConfigError, ConfigErrors, DataError, StopRequested
 from octavo.eval.answers import Question, greedy
 from octavo.eval.runner import evaluate, summary
 from octavo.files import make_folder
+from octavo.infer.sampling import SamplingConfig
 from octavo.language_model import LanguageModel, load
 from octavo.models.cost import cost
 from octavo.models.decoder import Decoder, build
@@ -169,7 +170,8 @@ class Pipeline:
             scale = (held_out.n_tokens - held_out.n_documents) / max(1, held_out.n_bytes) / math.log(2)
         figures = self._fit("pretrain", model, source, config, valid, scale, tokenizer)
         LanguageModel(model, tokenizer).save(self.folder.base_path if recipe.tune else self.folder.model_path)
-        return {"epochs": round(epochs, 4), "tokens": config.steps * source.rows * seq_len, **_finite(figures)}
+        per_token = cost(model, seq_len).train_flops // seq_len
+        return {"train_flops_per_token": per_token, "epochs": round(epochs, 4), "tokens": config.steps * source.rows * seq_len, **_finite(figures)}
 
     def tune(self) -> dict[str, Any]:
         """Instruction tuning: conversations through the one renderer, loss on the assistant's words."""
@@ -250,9 +252,13 @@ class Pipeline:
         questions = [[{"role": "user", "content": prompt}] for prompt in config.sample_prompts]
         prompts = questions if isinstance(config, TuneConfig) else list(config.sample_prompts)
 
+        how = SamplingConfig(
+            max_new_tokens=config.sample_tokens, temperature=config.sample_temperature, seed=self.recipe.seed
+        )
+
         def sample() -> list[dict[str, str]]:
             return [
-                {"prompt": text, "text": lm.generate(prompt, max_new_tokens=config.sample_tokens, temperature=0.0)}
+                {"prompt": text, "text": lm.generate(prompt, how)}
                 for text, prompt in zip(config.sample_prompts, prompts, strict=True)
             ]
 

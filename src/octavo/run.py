@@ -36,6 +36,7 @@ FREE_TRAIN_KEYS = (
     "sample_every",
     "sample_prompts",
     "sample_tokens",
+    "sample_temperature",
     "save_every",
     "keep_checkpoints",
     "tensorboard",

@@ -14,7 +14,11 @@ from octavo.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from octavo.data.prepare import DataConfig, Progress
 
-app = typer.Typer(rich_markup_mode="rich", no_args_is_help=True)
+app = typer.Typer(
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    help="Read, clean and pack text into shards.\n\nExample: octavo data prepare python-stdlib --out data",
+)
 
 
 @app.callback()

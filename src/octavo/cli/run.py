@@ -47,7 +47,7 @@ def perform(
 
 
 @app.command(
-    epilog="Example:  octavo run quickstart --no-chat     octavo run pretrain 'data.sources=[\"my/**/*.txt\"]'"
+    epilog="Example:  octavo quickstart     octavo run pretrain 'data.sources=[\"my/**/*.txt\"]'"
 )
 def run(
     recipe: Annotated[str, typer.Argument(help="A recipe's name (quickstart, shakespeare, ...) or a YAML file.")],

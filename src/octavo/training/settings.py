@@ -42,6 +42,7 @@ class TrainConfig(Config):
     sample_every: int = Field(default=200, ge=1)
     sample_prompts: tuple[str, ...] = ()
     sample_tokens: int = Field(default=48, ge=1)
+    sample_temperature: float = Field(default=0.7, ge=0)
     save_every: int = Field(default=200, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
     tensorboard: bool = False
