@@ -15,6 +15,7 @@ from octavo.metrics_file import read_metrics
 from octavo.models.decoder import Decoder, build
 from octavo.objectives.likelihood import CausalLikelihood
 from octavo.stop import StopSignal
+from octavo.training import checkpoint
 from octavo.training.loop import Held, Trainer
 from octavo.training.progress import Console
 from octavo.training.settings import TrainConfig
@@ -98,6 +99,12 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
         {k: v.hex() if isinstance(v, float) else v for k, v in record.items() if k not in TIMINGS}
         for record in read_metrics(folder / "metrics.jsonl")
     ]
+
+
+def saved_step(folder: Path) -> int | None:
+    """The newest step that verifies."""
+    found = checkpoint.newest(folder / "checkpoints")
+    return found.step if found is not None else None
 
 
 def first_batch(n_rows: int = 8) -> Batch:

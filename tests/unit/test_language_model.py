@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import octavo
 from octavo.errors import CheckpointError, ConfigError, OctavoError
-from octavo.infer.generate import generate
+from octavo.infer.generate import encode_prompt, generate
 from octavo.infer.sampling import SamplingConfig
 from octavo.language_model import LanguageModel
 from octavo.models.decoder import Decoder, build
@@ -55,7 +55,7 @@ def lm(folder: Path) -> LanguageModel:
 
 def prompts_of(tokenizer: Tokenizer) -> list[list[int]]:
     texts = ("a", "def f(x):", "The quick brown fox", "数", "one two three four")
-    return [[tokenizer.special.bos, *tokenizer.encode(text)] for text in texts]
+    return [encode_prompt(tokenizer, text) for text in texts]
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:

@@ -204,7 +204,7 @@ SLOW = pytest.mark.slow
 def test_stopped_in_any_stage_and_gone_on_with_it_ends_the_same(run, tmp_path, monkeypatch, stage):
     raw, folder = run
     part = tmp_path / "run"
-    work = getattr(pipeline.Pipeline, {"eval": "evaluate"}.get(stage, stage))
+    work = getattr(pipeline.Pipeline, "evaluate" if stage == "eval" else stage)
 
     def late(self: pipeline.Pipeline) -> Any:
         self.stop._deadline = time.monotonic()  # the time limit is reached as the stage begins

@@ -6,13 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from training import Counted, packed, trainer
+from training import Counted, packed, saved_step, trainer
 
 from octavo.data.loader import Loader
 from octavo.errors import NumericError, StopRequested
 from octavo.metrics_file import read_metrics
 from octavo.objectives.likelihood import CausalLikelihood
-from octavo.training import checkpoint
 
 # --------------------------------------------------------------------------------------- not a number
 
@@ -35,7 +34,7 @@ class Sour(CausalLikelihood):
     def loss_sum(self, outputs, batch):
         loss, poison = super().loss_sum(outputs, batch), batch.extra.get("poison", torch.zeros(1))
         if (poison == 1).any():
-            return loss + (outputs.logits.sum() * 0).square().sqrt()
+            return loss + (loss * 0).square().sqrt()
         return loss + poison.sum()
 
 
@@ -60,7 +59,7 @@ def test_a_number_that_is_not_finite_stops_before_any_weight_changes(tmp_path, p
     )
     if poison == 1.0:
         assert record["not_finite"] and math.isfinite(float(record["loss"]))
-    assert checkpoint.newest(tmp_path / "checkpoints").step == 4
+    assert saved_step(tmp_path) == 4
     assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
 
 
