@@ -61,13 +61,11 @@ class Pipeline:
             StopRequested: on a signal or time limit, with everything saved.
         """
         recipe, stages = self.recipe, self._stages()
-        self.prints: dict[str, str] = {}
         previous = fingerprint(recipe.seed)
         for i, (name, stage, settings) in enumerate(stages, 1):
             if self.stop.requested:
                 raise StopRequested(f"{self.stop.reason}, before stage {name}", fix=f"go on with {self.resume_command}")
             previous = fingerprint(previous, name, settings)
-            self.prints[name] = previous
             if self.folder.is_finished(name, previous):
                 self.console.kept(name, i, len(stages))
                 continue
@@ -90,7 +88,7 @@ class Pipeline:
             found.append(("pretrain", self.pretrain, [r.model.model_dump(mode="json"), _deciding(r.train)]))
         if r.tune is not None:
             found.append(("tune", self.tune, [r.model.model_dump(mode="json"), _deciding(r.tune)]))
-        if r.eval is not None:
+        if r.eval is not None and r.data is not None:
             found.append(("eval", self.evaluate, r.eval.model_dump(mode="json")))
         found.append(("report", self.report, None))
         return found
@@ -171,7 +169,12 @@ class Pipeline:
         figures = self._fit("pretrain", model, source, config, valid, scale, tokenizer)
         LanguageModel(model, tokenizer).save(self.folder.base_path if recipe.tune else self.folder.model_path)
         per_token = cost(model, seq_len).train_flops // seq_len
-        return {"train_flops_per_token": per_token, "epochs": round(epochs, 4), "tokens": config.steps * source.rows * seq_len, **_finite(figures)}
+        return {
+            "train_flops_per_token": per_token,
+            "epochs": round(epochs, 4),
+            "tokens": config.steps * source.rows * seq_len,
+            **_finite(figures),
+        }
 
     def tune(self) -> dict[str, Any]:
         """Instruction tuning: conversations through the one renderer, loss on the assistant's words."""
