@@ -38,6 +38,7 @@ def test_accumulated_micro_batches_are_one_large_batch(tmp_path, rows, dtype, to
     whole_loss, whole = gradients(None)
     loss, parts = gradients(rows)
     assert loss == pytest.approx(whole_loss, abs=tolerance, rel=0)
+    assert len(parts) == len(whole) == len(list(tiny().parameters()))
     for name, grad in whole.items():
         assert grad.abs().max() > 0, name
         torch.testing.assert_close(parts[name], grad, atol=tolerance, rtol=0, msg=name)
