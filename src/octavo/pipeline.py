@@ -38,6 +38,7 @@ from octavo.training.loop import Held, Trainer
 from octavo.training.machine import has_device, resolve, set_threads, tune_allocator
 from octavo.training.progress import Console
 from octavo.training.settings import TrainConfig
+from octavo.training.tracking import tensorboard
 
 VALID_ROWS = 32
 
@@ -51,8 +52,6 @@ class Pipeline:
     console: Console
     stop: StopSignal
     workers: int | None = None
-
-    # ------------------------------------------------------------------------------------------ stages
 
     def run(self) -> dict[str, str]:
         """Go through all stages; returns the closing figures.
@@ -87,7 +86,8 @@ class Pipeline:
         if r.train is not None:
             found.append(("pretrain", self.pretrain, [r.model.model_dump(mode="json"), _deciding(r.train)]))
         if r.tune is not None:
-            found.append(("tune", self.tune, [r.model.model_dump(mode="json"), _deciding(r.tune)]))
+            told = chat.fingerprint(r.tune.data) if isinstance(r.tune.data, ChatData) else None
+            found.append(("tune", self.tune, [r.model.model_dump(mode="json"), _deciding(r.tune), told]))
         if r.eval is not None and r.data is not None:
             found.append(("eval", self.evaluate, r.eval.model_dump(mode="json")))
         found.append(("report", self.report, None))
@@ -241,8 +241,6 @@ class Pipeline:
         self.console.note(str(page))
         return {}
 
-    # ----------------------------------------------------------------------------------------- parts
-
     def _fit(
         self, stage: str, model: Decoder, source: Loader, config: TrainConfig, valid: Packed | None,
         scale: float | None, tokenizer: Tokenizer,
@@ -278,7 +276,7 @@ class Pipeline:
             valid_nats_per_bit_byte=scale,
             sample=sample if config.sample_prompts else None,
             train_flops_per_token=cost(model, seq_len).train_flops // seq_len,
-            tensorboard=_tensorboard(folder) if config.tensorboard else None,
+            tensorboard=tensorboard(folder) if config.tensorboard else None,
         )
         objective = OBJECTIVES[config.objective.kind](config.objective)
         return Trainer(model, source, objective, config, held, self.recipe.seed).fit()
@@ -375,16 +373,6 @@ def _deciding(config: TrainConfig) -> dict[str, Any]:
 
 def _finite(figures: Mapping[str, float]) -> dict[str, float]:
     return {key: round(value, 6) for key, value in figures.items() if math.isfinite(value)}
-
-
-def _tensorboard(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ConfigError(
-            "tensorboard = true needs the package tensorboard", fix="pip install 'octavo[track]'"
-        ) from None
-    return SummaryWriter(str(folder / "tensorboard"))
 
 
 def freeze(recipe: Recipe, existing: Mapping[str, Any] | None) -> tuple[Recipe, list[str]]:

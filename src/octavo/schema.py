@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidatorFunc
 
 
 class Config(BaseModel):
-    """Base of all configuration: immutable, unknown keys refused, no coercion of text to numbers' kin."""
+    """Base of all configuration: immutable, unknown keys and numbers that are not finite refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 def load_object(path: str) -> Any:
@@ -55,7 +55,10 @@ def one_of(table: Mapping[str, type], default: str | None = None) -> Any:
                 value = {"kind": default, **value}
             kind = value.get("kind")
             if isinstance(kind, str) and ":" in kind:
-                return load_object(kind).Config.model_validate(dict(value))
+                own = getattr(load_object(kind), "Config", None)
+                if not (isinstance(own, type) and issubclass(own, Config)):
+                    raise ValueError(f"{kind!r} has no nested Config class derived from octavo.schema.Config")
+                return own.model_validate(dict(value))
         return handler(value)
 
     return Annotated[SerializeAsAny[union], WrapValidator(choose)]

@@ -46,9 +46,7 @@ def perform(
     return run(loaded, out=folder, max_time=max_time, allow=allow or (), console=console, workers=workers).path
 
 
-@app.command(
-    epilog="Example:  octavo quickstart     octavo run pretrain 'data.sources=[\"my/**/*.txt\"]'"
-)
+@app.command(epilog="Example:  octavo quickstart     octavo run pretrain 'data.sources=[\"my/**/*.txt\"]'")
 def run(
     recipe: Annotated[str, typer.Argument(help="A recipe's name (quickstart, shakespeare, ...) or a YAML file.")],
     overrides: Overrides = None,

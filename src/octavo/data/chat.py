@@ -8,6 +8,7 @@ learn is dropped and counted.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import warnings
 from collections import Counter
@@ -22,6 +23,7 @@ from pydantic import Field, model_validator
 
 from octavo.data.chat_formats import COLUMNS, BadRow, Format, Message, Useless, convert, detect, kind_of
 from octavo.errors import DataError, did_you_mean
+from octavo.files import sha256_file
 from octavo.schema import Config
 
 if TYPE_CHECKING:
@@ -140,6 +142,16 @@ def read(config: ChatConfig, report: ChatReport | None = None) -> list[Conversat
         reasons = ", ".join(f"{n} {reason}" for reason, n in report.dropped.items())
         report.warn(f"{report.rows - report.kept} of {report.rows} rows were dropped: {reasons}")
     return conversations
+
+
+def fingerprint(config: ChatConfig) -> str:
+    """SHA-256 over the names and contents of the files: other conversations, another value.
+
+    Raises:
+        DataError: no file matches.
+    """
+    described = [(str(path), sha256_file(path)) for path in _files(config.paths)]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
 def tokenise(

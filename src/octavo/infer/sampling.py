@@ -28,7 +28,10 @@ class SamplingConfig(Config):
     """How tokens are chosen and when to stop."""
 
     temperature: float = Field(
-        default=1.0, ge=0, description="0: argmax, 1: the model's own distribution, inf: uniform."
+        default=1.0,
+        ge=0,
+        allow_inf_nan=True,
+        description="0: argmax, 1: the model's own distribution, inf: uniform.",
     )
     top_k: int = Field(default=0, ge=0, description="Keep the k most probable tokens; 0 keeps all.")
     top_p: float = Field(default=1.0, gt=0, le=1, description="Keep the fewest tokens with this much probability.")

@@ -96,7 +96,9 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(n, d))
 
     def forward(self, ids: Tensor) -> Tensor:
-        return torch.ops.octavo.look_up(self.weight, ids, -1 if self.padding_id is None else self.padding_id)
+        if torch.compiler.is_compiling():
+            return torch.ops.octavo.look_up(self.weight, ids, -1 if self.padding_id is None else self.padding_id)
+        return F.embedding(ids, self.weight, self.padding_id)
 
     def extra_repr(self) -> str:
         return f"{self.n}, {self.d}, role={self.role}"

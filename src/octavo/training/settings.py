@@ -27,7 +27,7 @@ class TrainConfig(Config):
     seq_len: int | None = Field(default=None, ge=2, description="tokens a row; default: the model's max_seq_len")
     objective: one_of(OBJECTIVES) = CausalLikelihood.Config()  # type: ignore[valid-type]
     optimizer: one_of(OPTIMIZERS, default="adamw") = AdamW.Config()  # type: ignore[valid-type]
-    schedule: one_of(SCHEDULES) = Cosine.Config()  # type: ignore[valid-type]
+    schedule: one_of(SCHEDULES, default="cosine") = Cosine.Config()  # type: ignore[valid-type]
     clip_norm: float | None = Field(default=1.0, gt=0, description="longest gradient (l2 norm); null: no limit")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: Literal["auto", "step", "off"] = "auto"
