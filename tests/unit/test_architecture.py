@@ -19,7 +19,7 @@ FOUNDATION = {"errors", "schema", "files", "stop", "metrics_file"}
 MAY_SEE: dict[str, set[str]] = {
     **{name: set() for name in FOUNDATION},
     "run": set(),
-    "report": {"tokenizer"},
+    "report": {"tokenizer", "hub", "models"},
     "tokenizer": set(),
     "data": {"tokenizer", "report"},
     "nn": set(),

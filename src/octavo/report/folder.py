@@ -90,6 +90,21 @@ class Run:
             return None
 
     @cached_property
+    def state_bytes(self) -> int | None:
+        """What one conversation of full length keeps in memory while it is decoded, in fp32."""
+        if self.model_path is None:
+            return None
+        from octavo.errors import OctavoError
+        from octavo.hub.folder import model_config, read_config  # torch takes a second to import
+        from octavo.models.cost import cost
+        from octavo.models.decoder import build
+
+        try:
+            return cost(build(model_config(read_config(self.model_path)), device="meta")).state_bytes
+        except (OctavoError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
+            return None
+
+    @cached_property
     def tokenizer(self) -> Tokenizer | None:
         """The run's tokenizer."""
         from octavo.errors import OctavoError

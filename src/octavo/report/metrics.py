@@ -52,8 +52,9 @@ class Metrics:
 
     @property
     def seconds(self) -> float | None:
-        """Training seconds of the stage, as far as they were logged."""
-        return self.last("seconds")
+        """Training seconds of the stage, as far as they were logged: each row has those since the row before it."""
+        known = [value for row in self.train if (value := number(row.get("seconds"))) is not None]
+        return sum(known) if known else None
 
     def tokens_at(self, steps: np.ndarray) -> np.ndarray:
         """Tokens seen at each of ``steps``, between logged steps by a straight line; steps if unknown."""

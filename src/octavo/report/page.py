@@ -84,8 +84,10 @@ def facts(run: Run) -> list[tuple[str, str, str]]:
     right = number(dig(run.scores, "answers", "exact_match"))
     if right is not None:
         majority = number(dig(run.scores, "answers", "majority_exact_match"))
-        told = "" if majority is None else f"always the commonest answer: {words.percent(majority, 1)}"
-        found.append(("answers right", words.percent(right, 1), told))
+        interval = sections.interval(dig(run.scores, "answers"))
+        told = [f"95% interval {interval}"] if interval else []
+        told += [] if majority is None else [f"always the commonest answer: {words.percent(majority, 1)}"]
+        found.append(("answers right", words.percent(right, 1), "; ".join(told)))
     stopped = number(dig(run.scores, "answers", "stopped_by_itself"))
     if stopped is not None:
         asked = number(dig(run.scores, "answers", "questions"))

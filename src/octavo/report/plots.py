@@ -34,7 +34,7 @@ COLOURS = {
     "faint": "#a9cfe6",
 }
 PAPER = "#fffefb"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 8,
@@ -116,7 +116,7 @@ def _loss(axes: Any, metrics: Metrics) -> bool:
     steps, losses = points(metrics.train, "step", "loss")
     x, raw, mean = thin(metrics.tokens_at(steps), losses, smooth(losses))
     if len(x):
-        axes.plot(x, raw, color=COLOURS["faint"], linewidth=0.8, label="train, each step")
+        axes.plot(x, raw, color=COLOURS["faint"], linewidth=0.8, label="train, single steps")
         axes.plot(x, mean, color=COLOURS["blue"], label="train, smoothed")
     steps, held = points(metrics.valid, "step", "loss")
     if len(steps):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from octavo.report import plots, words
@@ -111,11 +112,16 @@ def _order(order: int) -> str:
 
 
 def _answer_row(name: str, figures: Mapping[str, Any]) -> tuple[object, ...]:
-    low, high = (number(dig(figures, "interval_95", i)) for i in (0, 1))
-    interval = f"{words.percent(low)} to {words.percent(high)}" if low is not None and high is not None else ""
     shares = [_shown(figures, n, lambda v: words.percent(v, 1)) for n in ("exact_match", "majority_exact_match")]
     stopped = _shown(figures, "stopped_by_itself", lambda v: words.percent(v, 1))
-    return (name, _shown(figures, "questions", lambda v: words.exact(int(v))), shares[0], interval, shares[1], stopped)
+    asked = _shown(figures, "questions", lambda v: words.exact(int(v)))
+    return (name, asked, shares[0], interval(figures), shares[1], stopped)
+
+
+def interval(figures: Any) -> str:
+    """The 95% interval of a share of right answers, "" if unknown."""
+    low, high = (number(dig(figures, "interval_95", i)) for i in (0, 1))
+    return f"{words.percent(low)} to {words.percent(high)}" if low is not None and high is not None else ""
 
 
 def curves(drawn: Mapping[str, Sequence[plots.Plot]]) -> Html:
@@ -292,10 +298,12 @@ def model(run: Run) -> Html:
         if flops is not None:
             rows.append(("operations per trained token", f"{words.count(flops)} FLOP"))
             break
+    if run.state_bytes is not None:
+        rows.append(("decode state of a full context", words.size(run.state_bytes)))
     for stage in TRAINING:
-        mfu = run.training[stage].last("mfu")
-        if mfu is not None:
-            rows.append((f"MFU, {TITLES[stage].lower()}", words.percent(mfu, 1)))
+        mfu = [value for row in run.training[stage].train if (value := number(row.get("mfu"))) is not None]
+        if mfu:
+            rows.append((f"MFU, {TITLES[stage].lower()}, median", words.percent(median(mfu), 1)))
     # A recipe gives null to what the model works out by itself; what is off would only hide what is on.
     settings = [(key, value) for key, value in _flat(run.recipe.get("model")) if value or value == []]
     rows += [(tag("code", key), _value(value)) for key, value in settings]

@@ -35,8 +35,8 @@ def metric_rows(steps: int, stage: str, seed: int = 0) -> list[dict[str, Any]]:
         loss = 2.2 + 5.2 * math.exp(-step / 40) + 0.9 * math.exp(-step / 300) + rng.gauss(0, 0.05)
         lr = 5e-3 * min(1.0, step / 20) * min(1.0, (steps - step + 1) / (0.7 * steps))
         row = {"kind": "train", "step": step, "tokens_seen": step * 4096, "loss": loss, "lr": lr}
-        row |= {"grad_norm": 0.4 + 2 * math.exp(-step / 30) + abs(rng.gauss(0, 0.05)), "seconds": step * 0.31}
-        rows.append(row | {"tokens_per_second": 13_200 + rng.gauss(0, 250), "mfu": 0.41})
+        row |= {"grad_norm": 0.4 + 2 * math.exp(-step / 30) + abs(rng.gauss(0, 0.05)), "seconds": 0.31}
+        rows.append(row | {"tokens_per_second": 13_200 + rng.gauss(0, 250), "mfu": 0.5 if step < steps else 0.9})
         if step % (steps // 7) == 0:
             valid = {"kind": "valid", "step": step, "loss": loss + 0.1}
             rows.append(valid | ({"bits_per_byte": (loss + 0.1) / 1.48} if stage == "pretrain" else {}))

@@ -48,6 +48,16 @@ def test_nan_null_and_text_are_no_numbers(tmp_path):
     assert [number(v) for v in (True, "1", None, math.nan, 10**400, 3)] == [None] * 5 + [3.0]
 
 
+def test_seconds_of_the_logged_intervals_add_up():
+    assert (
+        Metrics(
+            train=[{"step": 10, "seconds": 4.0}, {"step": 20, "seconds": None}, {"step": 30, "seconds": 0.5}]
+        ).seconds
+        == 4.5
+    )
+    assert Metrics(train=[{"step": 10}]).seconds is None
+
+
 def test_tokens_at_a_step_lie_on_the_line_through_the_logged_ones():
     metrics = Metrics(train=[{"step": 10, "tokens_seen": 100}, {"step": 20, "tokens_seen": 300}])
     assert metrics.tokens_at(np.array([0, 5, 10, 15, 20, 30])).tolist() == [0, 50, 100, 200, 300, 450]

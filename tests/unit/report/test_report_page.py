@@ -88,7 +88,8 @@ def test_a_finished_run_has_every_section_and_its_figures(built):
     assert reader.titles == SECTIONS
     for figure in (
         "10.0k", "10,007 exactly", "2.29M", "1.55 passes", "5m 16s", "1.652", "trigram 1.880, 6\u2011gram 1.690",
-        "71.2%", "99.2%", "of 240 answers", "−0.228", "65% to 77%", "exactly the text the model was trained on",
+        "71.2%", "95% interval 65% to 77%; always", "99.2%", "of 240 answers", "−0.228",
+        "MFU, pretraining, median50.0%", "exactly the text the model was trained on",
         "near duplicate", "212 documents", "4,191 documents", "3.13 on the training text", "23.6M FLOP",
         "octavo chat", "blocks.block.mixer.n_kv_heads", "expected: doctest", "in order 558.", "Xeon",
     ):  # fmt: skip
@@ -192,7 +193,7 @@ def test_a_run_stopped_in_the_middle_says_so_and_invents_nothing(copied):
     stages = json.loads((run / "stages.json").read_text())
     write(run / "stages.json", {name: stages[name] for name in ("data", "tokenizer")})
     rows = [
-        {"kind": "train", "step": s, "loss": 5.0 / s, "tokens_seen": 4096 * s, "seconds": 2.0 * s} for s in range(1, 31)
+        {"kind": "train", "step": s, "loss": 5.0 / s, "tokens_seen": 4096 * s, "seconds": 2.0} for s in range(1, 31)
     ]
     write_lines(run / "pretrain/metrics.jsonl", rows, end='{"ki')
     reader = read(page.build(run))
@@ -221,6 +222,19 @@ def test_nan_in_metrics_and_scores_is_left_out(copied):
 
 def test_parameters_are_counted_from_the_files(finished_run):
     assert Run(finished_run).parameters == 400 * 25 + 7
+
+
+def test_decode_state_is_counted_from_the_configuration(copied):
+    run = copied()
+    assert Run(run).state_bytes is None  # the made-up config.json says nothing but its family
+    config = {"model_type": "llama", "vocab_size": 400, "hidden_size": 192, "num_hidden_layers": 4,
+              "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 64, "intermediate_size": 512,
+              "hidden_act": "silu", "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
+              "tie_word_embeddings": True}  # fmt: skip
+    write(run / "model/config.json", config)
+    keys_and_values = 2 * 4 * 1 * 64 * 256 * 4
+    assert Run(run).state_bytes == keys_and_values
+    assert "512.0 KiB" in rendered(run).text
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
