@@ -1,4 +1,4 @@
-"""Write docs/rows.md: which tests prove which row of the inventory, and whether they passed.
+"""Write docs/rows.md: which tests prove which technique, and whether they passed.
 
     python scripts/rows.py            run every test with a ``rows`` mark, then write docs/rows.md
     python scripts/rows.py --check    only compare the names in docs/rows.md with the tests there are

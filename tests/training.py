@@ -54,6 +54,9 @@ class Counted:
     def __init__(self, loader: Loader):
         self.loader, self.fingerprint, self.n = loader, loader.fingerprint, 0
 
+    def prefetch(self, step: int) -> None:
+        """Nothing to make ahead."""
+
     def batch(self, step: int) -> dict[str, np.ndarray]:
         self.n += 1
         return self.loader.batch(step)

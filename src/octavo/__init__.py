@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from octavo.config import Recipe
     from octavo.language_model import LanguageModel, load
-    from octavo.pipeline import run as train
+    from octavo.launch import run as train
 
 __all__ = ["LanguageModel", "Recipe", "__version__", "load", "train"]
 
@@ -23,7 +23,7 @@ _HOMES = {
     "LanguageModel": ("octavo.language_model", "LanguageModel"),
     "Recipe": ("octavo.config", "Recipe"),
     "load": ("octavo.language_model", "load"),
-    "train": ("octavo.pipeline", "run"),
+    "train": ("octavo.launch", "run"),
 }
 
 

@@ -25,7 +25,7 @@ from octavo.errors import ConfigError, ConfigErrors, did_you_mean
 from octavo.eval.runner import EvalConfig
 from octavo.models.decoder import MODELS, Decoder
 from octavo.schema import Config, one_of
-from octavo.tokenizer.config import ByteBPE, Existing, TokenizerConfig
+from octavo.tokenizer.config import ByteBPE, TokenizerConfig
 from octavo.training.settings import TrainConfig
 
 
@@ -98,7 +98,11 @@ class Recipe(Config):
                     f"model.vocab_size = {self.model.vocab_size} is below tokenizer.vocab_size = {size}; "
                     "leave model.vocab_size out"
                 )
-        elif self.train is not None and isinstance(self.tokenizer, Existing):
+            if self.data is not None and self.eval is not None and (self.eval.stride or 1) > limit:
+                raise ValueError(
+                    f"eval.stride = {self.eval.stride} exceeds model.max_seq_len = {limit}; use {max(1, limit // 2)}"
+                )
+        elif self.tokenizer != ByteBPE():
             raise ValueError("a pretrained model brings its tokenizer: leave the tokenizer section out")
         return self
 

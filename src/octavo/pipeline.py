@@ -12,19 +12,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import compress
-from pathlib import Path
 from typing import Any
 
 from octavo.batch import Batch
-from octavo.config import ChatData, Pretrained, Recipe, TuneConfig, apply_overrides
+from octavo.config import ChatData, Pretrained, Recipe, TuneConfig
 from octavo.data import chat, facts, prepare
 from octavo.data.loader import Loader, pretraining_loader, sweep
 from octavo.data.pack import Packed, StreamRows, WholeRows
 from octavo.data.shards import Shards, write_shards
-from octavo.errors import ConfigError, ConfigErrors, DataError, StopRequested
+from octavo.errors import CheckpointError, ConfigError, ConfigErrors, DataError, StopRequested
 from octavo.eval.answers import Question, greedy
 from octavo.eval.runner import evaluate, summary
-from octavo.files import make_folder
+from octavo.files import make_folder, sha256_file
 from octavo.infer.sampling import SamplingConfig
 from octavo.language_model import LanguageModel, load
 from octavo.models.cost import cost
@@ -35,7 +34,6 @@ from octavo.stop import StopSignal
 from octavo.tokenizer import Tokenizer
 from octavo.tokenizer import train as train_tokenizer
 from octavo.training.loop import Held, Trainer
-from octavo.training.machine import has_device, resolve, set_threads, tune_allocator
 from octavo.training.progress import Console
 from octavo.training.settings import TrainConfig
 from octavo.training.tracking import tensorboard
@@ -52,6 +50,7 @@ class Pipeline:
     console: Console
     stop: StopSignal
     workers: int | None = None
+    redo_data: bool = False
 
     def run(self) -> dict[str, str]:
         """Go through all stages; returns the closing figures.
@@ -81,12 +80,13 @@ class Pipeline:
         found: list[tuple[str, Callable[[], dict[str, Any] | None], Any]] = []
         if r.data is not None:
             found.append(("data", self.data, self._data_fingerprint(r.data)))
-        brought = r.model.path if isinstance(r.model, Pretrained.Config) else None
+        brought = self._brought(r.model.path) if isinstance(r.model, Pretrained.Config) else None
         found.append(("tokenizer", self.tokenizer, [r.tokenizer.model_dump(mode="json"), brought]))
         if r.train is not None:
-            found.append(("pretrain", self.pretrain, [r.model.model_dump(mode="json"), _deciding(r.train)]))
+            deciding = [r.model.model_dump(mode="json"), _deciding(r.train), r.tune is not None]
+            found.append(("pretrain", self.pretrain, deciding))
         if r.tune is not None:
-            told = chat.fingerprint(r.tune.data) if isinstance(r.tune.data, ChatData) else None
+            told = self._told(r.tune.data) if isinstance(r.tune.data, ChatData) else None
             found.append(("tune", self.tune, [r.model.model_dump(mode="json"), _deciding(r.tune), told]))
         if r.eval is not None and r.data is not None:
             found.append(("eval", self.evaluate, r.eval.model_dump(mode="json")))
@@ -95,14 +95,43 @@ class Pipeline:
 
     def _data_fingerprint(self, config: prepare.DataConfig) -> str:
         """Of the settings and the files; a finished stage needs its files no longer."""
+        before = self.folder.stages().get("data", {}).get("source")
         try:
-            return config.fingerprint()
+            now = config.fingerprint()
         except DataError as error:
-            before = self.folder.stages().get("data", {}).get("source")
             if before is None:
                 raise
             self.console.warn(f"{error.what}; the documents prepared before are used")
             return before
+        if before not in (None, now) and self.folder.checkpoints_path("pretrain").is_dir() and not self.redo_data:
+            raise CheckpointError(
+                "the files of data.sources changed since this run began to train on them",
+                fix="use a new run folder, or restore the files",
+                kept="the run is as it was",
+            )
+        return now
+
+    def _told(self, config: ChatData) -> str:
+        """Of the conversations' files; a finished stage needs them no longer."""
+        try:
+            return chat.fingerprint(config)
+        except DataError as error:
+            before = self.folder.stages().get("tune", {}).get("told")
+            if before is None:
+                raise
+            self.console.warn(f"{error.what}; the model tuned before is kept")
+            return before
+
+    def _brought(self, path: str) -> str:
+        """Of a pretrained model's files; a finished stage needs them no longer."""
+        try:
+            files = sorted(find_model(path).glob("*.safetensors"))
+        except ConfigError:
+            before = self.folder.stages().get("tokenizer", {}).get("brought")
+            if before is None:
+                raise
+            return before
+        return fingerprint(path, [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
 
     @property
     def resume_command(self) -> str:
@@ -129,10 +158,12 @@ class Pipeline:
             texts: Iterator[str] = prepare.iter_texts(data, "train") if recipe.data is not None else iter(())
             tokenizer = train_tokenizer(recipe.tokenizer, self._stoppable(texts))
         tokenizer.save(target)
-        self.console.note(f"{recipe.tokenizer.kind}, {tokenizer.vocab_size:,} entries")
+        pretrained = isinstance(recipe.model, Pretrained.Config)
+        kind = "the model's own" if pretrained else recipe.tokenizer.kind
+        self.console.note(f"{kind}, {tokenizer.vocab_size:,} entries")
+        tokens: dict[str, Any] = {"brought": self._brought(recipe.model.path)} if pretrained else {}
         if recipe.data is None:
-            return {"vocab_size": tokenizer.vocab_size}
-        tokens = {}
+            return {"vocab_size": tokenizer.vocab_size, **tokens}
         for split in ("train", "valid") if self._has_valid() else ("train",):
             with self._bytes_bar() as progress:
                 shards = write_shards(data, split, target, workers=self.workers, progress=progress)
@@ -182,7 +213,9 @@ class Pipeline:
         if config is None:
             return {}
         tokenizer = self._tokenizer()
-        model = load(self.folder.base_path).model if recipe.train else self._start(tokenizer)
+        model = self._start(tokenizer)
+        if recipe.train:  # base/ has the weights; what only matters in training (dropout) is the recipe's
+            model.load_state_dict(load(self.folder.base_path).model.state_dict())
         seq_len = _seq_len(config, model)
         conversations, held_out = self._conversations(config)
         report = chat.ChatReport()
@@ -196,11 +229,15 @@ class Pipeline:
         )
         valid = None
         if held_out:
-            kept = chat.tokenise(held_out, tokenizer, seq_len + 1)
-            valid = WholeRows([(s.ids, s.loss_mask) for s in kept], seq_len, pad=pad)
+            try:
+                kept = chat.tokenise(held_out, tokenizer, seq_len + 1)
+                valid = WholeRows([(s.ids, s.loss_mask) for s in kept], seq_len, pad=pad)
+            except DataError as error:
+                self.console.warn(f"no validation: {error.what}")
         figures = self._fit("tune", model, source, config, valid, None, tokenizer)
         LanguageModel(model, tokenizer).save(self.folder.model_path)
-        return {"conversations": len(samples), "trained_tokens": report.trained_tokens, **_finite(figures)}
+        told = {"told": self._told(config.data)} if isinstance(config.data, ChatData) else {}
+        return {**told, "conversations": len(samples), "trained_tokens": report.trained_tokens, **_finite(figures)}
 
     def evaluate(self) -> dict[str, Any]:
         """Bits per byte next to the n-gram baseline, and answers to held-out questions."""
@@ -247,7 +284,10 @@ class Pipeline:
     ) -> dict[str, float]:  # fmt: skip
         batches = []
         if valid is not None:
-            for arrays, _ in zip(sweep(valid, VALID_ROWS), range(config.valid_batches), strict=False):
+            # No more rows at once than in training: that much memory is there.
+            rows = min(VALID_ROWS, config.micro_batch_rows or source.rows)
+            n = -(-config.valid_batches * VALID_ROWS // rows)
+            for arrays, _ in zip(sweep(valid, rows), range(n), strict=False):
                 batches.append(Batch.from_numpy(arrays, config.device))
         lm = LanguageModel(model, tokenizer)
         questions = [[{"role": "user", "content": prompt}] for prompt in config.sample_prompts]
@@ -276,10 +316,21 @@ class Pipeline:
             valid_nats_per_bit_byte=scale,
             sample=sample if config.sample_prompts else None,
             train_flops_per_token=cost(model, seq_len).train_flops // seq_len,
+            started_from=self._started_from(stage),
             tensorboard=tensorboard(folder) if config.tensorboard else None,
         )
         objective = OBJECTIVES[config.objective.kind](config.objective)
         return Trainer(model, source, objective, config, held, self.recipe.seed).fit()
+
+    def _started_from(self, stage: str) -> str:
+        """The hash of the weights a stage begins with; empty for fresh ones, which the seed decides."""
+        if stage == "tune" and self.recipe.train:
+            folder = self.folder.base_path
+        elif isinstance(self.recipe.model, Pretrained.Config):
+            folder = find_model(self.recipe.model.path)
+        else:
+            return ""
+        return fingerprint([(file.name, sha256_file(file)) for file in sorted(folder.glob("*.safetensors"))])
 
     def _start(self, tokenizer: Tokenizer) -> Decoder:
         """The model before training: fresh, or the pretrained one a recipe names."""
@@ -367,83 +418,9 @@ def _rows(config: TrainConfig, seq_len: int) -> int | None:
 
 def _deciding(config: TrainConfig) -> dict[str, Any]:
     """The settings that decide the weights: what is only looked at in between is left out."""
-    plain = config.model_dump(mode="json")
+    plain = config.model_dump(mode="json", exclude={"optimizer": {"lr", "weight_decay"}})
     return {key: value for key, value in plain.items() if key not in FREE_TRAIN_KEYS}
 
 
 def _finite(figures: Mapping[str, float]) -> dict[str, float]:
     return {key: round(value, 6) for key, value in figures.items() if math.isfinite(value)}
-
-
-def freeze(recipe: Recipe, existing: Mapping[str, Any] | None) -> tuple[Recipe, list[str]]:
-    """Every ``auto`` of the training sections decided: as the run decided before, else for this machine."""
-    notices: list[str] = []
-    changes: dict[str, Any] = {}
-    for name in ("train", "tune"):
-        section = getattr(recipe, name)
-        if section is None:
-            continue
-        if not has_device(section.device):
-            raise ConfigError(f"{name}.device = {section.device}: torch finds no such device", fix="leave it out")
-        before = (existing or {}).get(name) or {}
-        known = {
-            key: before[key]
-            for key, auto in (("precision", "auto"), ("compile", "auto"), ("threads", None))
-            if getattr(section, key) == auto and before.get(key) not in (None, auto)
-        }
-        section, new = resolve(section.model_copy(update=known))
-        notices += [line for line in new if line not in notices]
-        changes[name] = section
-    return recipe.model_copy(update=changes), notices
-
-
-def run(
-    recipe: Recipe | str | Path,
-    overrides: Sequence[str] = (),
-    *,
-    out: str | Path | None = None,
-    max_time: str | None = None,
-    allow: Sequence[str] = (),
-    console: Console | None = None,
-    workers: int | None = None,
-) -> RunFolder:
-    """Run a recipe from raw text to a model, or go on with it.
-
-    Args:
-        recipe: a ``Recipe``, a shipped recipe's name, or a path.
-        overrides: ``section.key=value`` texts.
-        out: the run folder; default ``runs/NAME``.
-        max_time: save and stop (StopRequested) after this long, such as ``50m``.
-        allow: keys that may differ from what the folder was begun with.
-        console: where progress is shown.
-        workers: processes for data preparation; default: the cores.
-
-    Returns:
-        The run folder; ``octavo.load`` opens its model.
-
-    Raises:
-        OctavoError: the kinds in ``octavo.errors``, each with its place and fix.
-    """
-    if not isinstance(recipe, Recipe):
-        recipe = Recipe.load(recipe, overrides)
-    elif overrides:
-        recipe = Recipe.parse(apply_overrides(recipe.plain(), overrides))
-    folder = RunFolder(out if out is not None else Path("runs") / recipe.name)
-    console = console or Console()
-    with StopSignal(max_time, notify=console.warn) as stop, folder.lock():
-        try:
-            tune_allocator()
-            recipe, notices = freeze(recipe, folder.read_recipe())
-            for line in folder.write_recipe(recipe.plain(), allow=allow):
-                console.note(line)
-            threads = next((s.threads for s in (recipe.train, recipe.tune) if s and s.threads), None)
-            if threads:
-                set_threads(threads)
-            for line in [*notices, *folder.write_environment(threads=threads)]:
-                console.warn(line)
-            figures = Pipeline(recipe, folder, console, stop, workers).run()
-            console.summary(figures)
-        except BaseException as error:
-            folder.log_error(error)
-            raise
-    return folder

@@ -42,7 +42,8 @@ FREE_TRAIN_KEYS = (
     "tensorboard",
 )
 
-# Keys whose difference is only noted: they change neither the model nor the order of its data.
+# Keys whose difference is only noted: they change neither the model's shape nor the order of its data. A new rate
+# or decay acts from here on; what is finished stays.
 FREE_KEYS = (
     "name",
     "eval",

@@ -1,4 +1,4 @@
-"""docs/rows.md names the tests there are, and every row of the inventory has one."""
+"""docs/rows.md names the tests there are, and every row has one."""
 
 import textwrap
 

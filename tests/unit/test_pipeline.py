@@ -11,7 +11,7 @@ import pytest
 from recipes import tiny_recipe, write_pairs, write_texts
 
 import octavo
-from octavo import pipeline
+from octavo import launch, pipeline
 from octavo.config import Recipe
 from octavo.data.shards import Shards
 from octavo.errors import CheckpointError, ConfigError, ConfigErrors, DataError, StopRequested
@@ -24,7 +24,7 @@ TIMINGS = ("seconds", "tokens_per_second", "mfu")
 
 
 def go(raw: dict[str, Any], out: Path, **options: Any) -> RunFolder:
-    return pipeline.run(Recipe.parse(raw), out=out, console=Console("quiet"), workers=1, **options)
+    return launch.run(Recipe.parse(raw), out=out, console=Console("quiet"), workers=1, **options)
 
 
 def finished(folder: Path) -> dict[str, str]:
@@ -174,13 +174,13 @@ def test_choices_are_made_once_and_kept_in_the_run(run, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     recipe = Recipe.parse({**raw, "train": {**auto, "steps": 1}, "tune": None, "eval": None})
     monkeypatch.setattr("octavo.training.machine.cores", lambda: 1)
-    first, _ = pipeline.freeze(recipe, None)
+    first, _ = launch.freeze(recipe, None)
     assert first.train is not None and first.train.threads == 1 and first.train.precision != "auto"
     monkeypatch.setattr("octavo.training.machine.cores", lambda: 64)
     monkeypatch.setattr("octavo.training.machine.best_precision", lambda device="cpu": "bf16")
-    again, _ = pipeline.freeze(recipe, first.plain())
+    again, _ = launch.freeze(recipe, first.plain())
     assert again == first
-    other, _ = pipeline.freeze(recipe, None)
+    other, _ = launch.freeze(recipe, None)
     assert other.train is not None and (other.train.threads, other.train.precision) == (64, "bf16")
     assert not folder.exists()
 
@@ -280,9 +280,33 @@ def test_data_that_changed_under_a_run_is_noticed(tmp_path):
     go(raw, tmp_path / "run")
     before = finished(tmp_path / "run")
     write_texts(tmp_path / "texts.jsonl", seed=1)
-    with pytest.raises(CheckpointError, match="other data"):
+    with pytest.raises(CheckpointError, match="changed since this run began"):
         go(raw, tmp_path / "run")
-    assert finished(tmp_path / "run")["data"] != before["data"]
+    assert finished(tmp_path / "run") == before, "the run is as it was"
+
+
+def test_a_stage_that_starts_from_other_weights_begins_anew(tmp_path):
+    raw = tiny_recipe(tmp_path)
+    go(raw, tmp_path / "run")
+    tuned = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    longer = {**raw, "train": {**raw["train"], "steps": raw["train"]["steps"] + 2}}
+    go(longer, tmp_path / "run", allow=["train.steps"])
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() != tuned
+
+
+def test_tuning_keeps_the_dropout_of_the_recipe(tmp_path, monkeypatch):
+    raw = tiny_recipe(tmp_path)
+    raw["model"]["blocks"]["block"]["dropout"] = 0.25
+    seen = {}
+
+    def look(self, stage, model, *rest):
+        seen[stage] = model.stack()[0].config.dropout
+        return real(self, stage, model, *rest)
+
+    real = pipeline.Pipeline._fit
+    monkeypatch.setattr(pipeline.Pipeline, "_fit", look)
+    go(raw, tmp_path / "run")
+    assert seen == {"pretrain": 0.25, "tune": 0.25}
 
 
 def test_octavo_train_is_the_pipeline_and_takes_a_path_a_name_or_a_recipe(run, tmp_path):

@@ -40,6 +40,7 @@ def evaluate(
     Example: [bold]octavo eval runs/quickstart[/bold]   ·   [bold]octavo eval my-model --data book.txt[/bold]
     """
     from octavo.eval import answers, runner
+    from octavo.files import make_folder
     from octavo.language_model import load
     from octavo.run import find_model
     from octavo.training.progress import Console
@@ -52,6 +53,8 @@ def evaluate(
         raise ConfigError(f"{model} holds no text back", fix="give some with --data PATH")
     config = runner.EvalConfig(max_bytes=max_bytes, stride=stride)
     asked = read_questions(questions) if questions else []
+    if out is not None:
+        make_folder(out.parent)
     lm = load(model)
     console = Console()
     documents = open_documents(held_out, lm.tokenizer)

@@ -235,9 +235,12 @@ def main(args: Sequence[str] | None = None) -> int:
         fix = "use a smaller micro-batch or model, or close other programs"
         return _refuse(ResourceError("not enough memory", fix=fix), error, debug)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = str(error.filename or "")
             return _refuse(ResourceError("the disk is full", fix="free some space", where=where), error, debug)
+        if error.filename and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
+            what = f"{error.filename}: {error.strerror}"
+            return _refuse(ConfigError(what, fix="check the path and its rights"), error, debug)
         return _bug(error, debug)
     except Exception as error:
         return _bug(error, debug)

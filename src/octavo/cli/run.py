@@ -32,7 +32,7 @@ def perform(
     """Run ``recipe`` (only some ``sections`` of it if given) and return the run folder."""
     from octavo.cli.main import log_to
     from octavo.config import Recipe
-    from octavo.pipeline import run
+    from octavo.launch import run
     from octavo.training.progress import Console
 
     loaded = Recipe.load(recipe, overrides or [])

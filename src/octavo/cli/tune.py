@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -30,9 +29,9 @@ def tune(
     """Tune a model on conversations; the loss is on the assistant's words alone."""
     from octavo.run import find_model
 
-    given = [f"model.path={json.dumps(str(find_model(model)))}"]
+    brought = {"kind": "pretrained", "path": str(find_model(model))}
+    given = [f"model={json.dumps(brought)}", "data=null", "train=null"]
     if data:
-        given.append(f"tune.data.paths={json.dumps(data)}")
-    folder = out if out is not None else Path("runs") / "sft"
-    folder = perform(recipe, [*given, *(overrides or [])], folder, max_time, allow_change, None, quiet)
+        given += ["tune.data.kind=chat", f"tune.data.paths={json.dumps(data)}"]
+    folder = perform(recipe, [*given, *(overrides or [])], out, max_time, allow_change, None, quiet)
     show_next(folder)

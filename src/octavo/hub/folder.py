@@ -19,6 +19,7 @@ from octavo.hub.gpt2 import GPT2
 from octavo.hub.llama import Llama
 from octavo.hub.qwen import Qwen2, Qwen3
 from octavo.models.decoder import MODELS, Decoder, build
+from octavo.schema import component
 
 # The first that can say exactly what a model is gets to write it.
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (Llama(), Qwen2(), Qwen3(), GPT2())}
@@ -58,14 +59,13 @@ def family_of(model_type: str) -> Family:
 
 def model_config(hf: Mapping[str, Any]) -> Decoder.Config:
     """Our configuration of a config.json."""
-    if hf["model_type"] == NATIVE:
-        return MODELS[hf["model"]["kind"]].Config.model_validate(hf["model"])
-    family = family_of(hf["model_type"])
     try:
-        return family.read(hf)
+        if hf["model_type"] == NATIVE:
+            return component(MODELS, hf["model"]["kind"]).Config.model_validate(hf["model"])
+        return family_of(hf["model_type"]).read(hf)
     except KeyError as error:
         raise CheckpointError(f"config.json has no {error.args[0]}", fix="restore the file") from None
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
         first = str(error).splitlines()[0]
         raise CheckpointError(f"config.json does not make sense: {first}", fix="restore the file") from None
 
@@ -260,6 +260,8 @@ def save_model(
         weight_map = {n: file for file, names in shards.items() for n in names}
         write_json(aside / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     write_json(aside / "config.json", hf)
+    for file in shards:  # the library writes for the owner alone; a model may be read by whom the folder lets in
+        (aside / file).chmod((aside / "config.json").stat().st_mode & 0o777)
     fsync_path(aside)
     for old in folder.iterdir() if folder.is_dir() else ():  # tokenizer files and the like stay
         if not (old.name in ("config.json", INDEX) or old.suffix == ".safetensors"):

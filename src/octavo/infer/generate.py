@@ -131,7 +131,7 @@ def pieces(
         NumericError: the model's output is not a number.
     """
     config = config or SamplingConfig()
-    _check(model, prompts, config, on_full)
+    _check(model, tokenizer, prompts, config, on_full)
     ends = frozenset(tokenizer.stop_ids if stop_ids is None else stop_ids)
     n_tokens = min(model.vocab_size, tokenizer.vocab_size)  # rows that pad the embedding are not text
     texts = [_Text(tokenizer, prompt, config.stop) for prompt in prompts]
@@ -262,7 +262,9 @@ def _scores(logits: Tensor, chosen: Sequence[int], n_top: int | None) -> Sequenc
     ]
 
 
-def _check(model: Any, prompts: Sequence[Sequence[int]], config: SamplingConfig, on_full: OnFull) -> None:
+def _check(
+    model: Any, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], config: SamplingConfig, on_full: OnFull
+) -> None:
     if not prompts:
         raise ConfigError("there is no prompt to complete", fix="give at least one list of token ids")
     for row, prompt in enumerate(prompts):
@@ -278,10 +280,9 @@ def _check(model: Any, prompts: Sequence[Sequence[int]], config: SamplingConfig,
                 f"the prompt has {len(prompt)} tokens, the model's context is {model.max_seq_len}",
                 fix="shorten it, or start a new conversation",
             )
-    if outside := [token for token in config.logit_bias if not 0 <= token < model.vocab_size]:
-        raise ConfigError(
-            f"logit_bias names token {outside[0]}, the vocabulary is 0..{model.vocab_size - 1}", fix="remove it"
-        )
+    n_tokens = min(model.vocab_size, tokenizer.vocab_size)
+    if outside := [token for token in config.logit_bias if not 0 <= token < n_tokens]:
+        raise ConfigError(f"logit_bias names token {outside[0]}, the vocabulary is 0..{n_tokens - 1}", fix="remove it")
 
 
 @contextmanager

@@ -96,6 +96,9 @@ class Decoder(nn.Module):
         self.norm = component(NORMS, config.norm.kind)(config.norm, D) if config.final_norm else nn.Identity()
         self.head = None if config.tie_embeddings else Projection(D, V, "head", bias=config.head_bias)
         self.head_bias = nn.Parameter(torch.zeros(V)) if config.tie_embeddings and config.head_bias else None
+        named = [(f"{type(mixer).__name__} ({name})", mixer.capabilities) for name, mixer in self.mixers().items()]
+        self._not_incremental = next((name for name, can in named if not can.incremental), "")
+        self._not_packed = next((name for name, can in named if not can.packed), "")
         if self.embed.weight.device.type != "meta":
             initialise(self, config.init, config.n_layers, generator)
 
@@ -112,6 +115,12 @@ class Decoder(nn.Module):
             raise UnsupportedError(
                 f"the decoder has no output {sorted(unknown)}", fix=f"ask for some of {', '.join(NEEDS)}"
             )
+        if state is not None and self._not_incremental:
+            raise UnsupportedError(
+                f"{self._not_incremental} cannot decode with a state", fix="read whole texts instead"
+            )
+        if inputs.doc_ids is not None and self._not_packed:
+            raise UnsupportedError(f"{self._not_packed} cannot keep packed documents apart", fix="give one a row")
         ctx = state.begin(inputs) if state is not None else place(inputs)[0]
         ctx.record = needs & {"attention"}
         self._check_length(inputs.tokens.shape[1], ctx.positions)

@@ -144,7 +144,7 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor, ctx: Context, state: LayerState | None = None) -> tuple[Tensor, Aux]:
-        """Mix ``x`` (B, T, D) into (B, T, D); ``aux`` holds additive figures such as auxiliary losses."""
+        """Mix ``x`` (B, T, D) into (B, T, D); ``aux`` holds figures that add up over layers, handed on in Outputs."""
 
     def state_spec(self) -> StateSpec:
         """The fields this mixer keeps between calls, by name; none by default."""

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from octavo.nn.contracts import full_precision
@@ -34,7 +35,7 @@ class LayerNorm(Norm):
 
     class Config(Config):
         kind: Literal["layernorm"] = "layernorm"
-        eps: float = 1e-5
+        eps: float = Field(default=1e-5, ge=0)
         bias: bool = True
 
     def __init__(self, config: LayerNorm.Config, d: int):
@@ -64,7 +65,7 @@ class RMSNorm(Norm):
 
     class Config(Config):
         kind: Literal["rmsnorm"] = "rmsnorm"
-        eps: float = 1e-6
+        eps: float = Field(default=1e-6, ge=0)
 
     def __init__(self, config: RMSNorm.Config, d: int):
         super().__init__()

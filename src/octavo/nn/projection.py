@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from octavo.nn.contracts import Mixer
@@ -28,7 +29,7 @@ class InitConfig(Config):
     """
 
     kind: Literal["normal"] = "normal"
-    std: float = 0.02
+    std: float = Field(default=0.02, ge=0)
     scale_residual: bool = True
 
 

@@ -8,6 +8,7 @@ alone, so a resumed run needs no memory of the past beyond weights, moments and 
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from octavo.metrics_file import MetricsFile
 from octavo.objectives.contract import Objective
 from octavo.stop import StopSignal
 from octavo.training import checkpoint
-from octavo.training.machine import DTYPES, matmul_peak, set_threads
+from octavo.training.machine import DTYPES, matmul_peak, set_threads, use_compile_cache
 from octavo.training.optim import OPTIMIZERS, Optimizer
 from octavo.training.progress import Console
 from octavo.training.random_state import capture_random, restore_random
@@ -42,6 +43,8 @@ class Source(Protocol):
 
     def batch(self, step: int) -> Mapping[str, np.ndarray]: ...
 
+    def prefetch(self, step: int) -> None: ...
+
 
 @dataclass
 class Held:
@@ -56,6 +59,7 @@ class Held:
     valid_nats_per_bit_byte: float | None = None
     sample: Callable[[], list[dict[str, str]]] | None = None
     train_flops_per_token: int = 0
+    started_from: str = ""
     tensorboard: Any = None
 
 
@@ -79,6 +83,7 @@ class Trainer:
         self.schedule: Schedule = SCHEDULES[config.schedule.kind](config.schedule)
         self.forward: Callable[[Batch], Tensor] = self._loss_sum
         if config.compile == "step":
+            use_compile_cache()
             self.forward = torch.compile(self._loss_sum, dynamic=False)
         self.step = self.tokens_seen = 0
         self.skipped: list[int] = []
@@ -166,7 +171,6 @@ class Trainer:
         for notice in metrics.notices:
             console.warn(notice)
         figures: dict[str, float] = {}
-        prefetch = getattr(self.source, "prefetch", None)
         self.model.train()
         with metrics, console.bar(config.steps, "step", done=self.step) as bar:
             mark, marked = time.perf_counter(), self.tokens_seen
@@ -175,8 +179,8 @@ class Trainer:
                     self._stop(metrics)
                 figures = self._guarded_step()
                 n = self.step
-                if prefetch is not None and n < config.steps:
-                    prefetch(n)
+                if n < config.steps:
+                    self.source.prefetch(n)
                 seconds = time.perf_counter() - mark
                 rate = (self.tokens_seen - marked) / max(seconds, 1e-9)
                 shown = {**figures, "tokens_per_second": rate}
@@ -257,6 +261,7 @@ class Trainer:
             "skipped": self.skipped,
             "seed": self.seed,
             "source": self.source.fingerprint,
+            "started_from": self.held.started_from,
             "metrics": metrics.position(),
             "random": capture_random(),
         }
@@ -290,6 +295,10 @@ class Trainer:
         for notice in found.notices:
             held.console.warn(notice)
         tensors, state = checkpoint.load(found.path)
+        if state.get("started_from", "") != held.started_from:
+            held.console.warn("this stage begins anew: the weights it starts from have changed")
+            shutil.rmtree(held.folder / "checkpoints")
+            return None
         if state["source"] != self.source.fingerprint or state["seed"] != self.seed:
             raise CheckpointError(
                 f"{found.path} was trained on other data or with another seed than this run has",

@@ -23,6 +23,9 @@ class Poisoned(Counted):
         super().__init__(Loader(packed(), 4, seed=3))
         self.bad = bad
 
+    def prefetch(self, step: int) -> None:
+        """Nothing to make ahead."""
+
     def batch(self, step: int) -> dict[str, np.ndarray]:
         batch = super().batch(step)
         return {**batch, "poison": np.full(len(batch["tokens"]), self.bad.get(step, 0.0))}

@@ -1,0 +1,91 @@
+"""Starting a run: what is automatic is decided and frozen, the folder is taken, the pipeline goes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from octavo.config import Recipe, apply_overrides
+from octavo.errors import ConfigError
+from octavo.pipeline import Pipeline
+from octavo.run import RunFolder
+from octavo.stop import StopSignal
+from octavo.training.machine import has_device, resolve, set_threads, tune_allocator
+from octavo.training.progress import Console
+
+
+def freeze(recipe: Recipe, existing: Mapping[str, Any] | None) -> tuple[Recipe, list[str]]:
+    """Every ``auto`` of the training sections decided: as the run decided before, else for this machine."""
+    notices: list[str] = []
+    changes: dict[str, Any] = {}
+    for name in ("train", "tune"):
+        section = getattr(recipe, name)
+        if section is None:
+            continue
+        if not has_device(section.device):
+            raise ConfigError(f"{name}.device = {section.device}: torch finds no such device", fix="leave it out")
+        before = (existing or {}).get(name) or {}
+        known = {
+            key: before[key]
+            for key, auto in (("precision", "auto"), ("compile", "auto"), ("threads", None))
+            if getattr(section, key) == auto and before.get(key) not in (None, auto)
+        }
+        section, new = resolve(section.model_copy(update=known))
+        notices += [line for line in new if line not in notices]
+        changes[name] = section
+    return recipe.model_copy(update=changes), notices
+
+
+def run(
+    recipe: Recipe | str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    out: str | Path | None = None,
+    max_time: str | None = None,
+    allow: Sequence[str] = (),
+    console: Console | None = None,
+    workers: int | None = None,
+) -> RunFolder:
+    """Run a recipe from raw text to a model, or go on with it.
+
+    Args:
+        recipe: a ``Recipe``, a shipped recipe's name, or a path.
+        overrides: ``section.key=value`` texts.
+        out: the run folder; default ``runs/NAME``.
+        max_time: save and stop (StopRequested) after this long, such as ``50m``.
+        allow: keys that may differ from what the folder was begun with.
+        console: where progress is shown.
+        workers: processes for data preparation; default: the cores.
+
+    Returns:
+        The run folder; ``octavo.load`` opens its model.
+
+    Raises:
+        OctavoError: the kinds in ``octavo.errors``, each with its place and fix.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.load(recipe, overrides)
+    elif overrides:
+        recipe = Recipe.parse(apply_overrides(recipe.plain(), overrides))
+    folder = RunFolder(out if out is not None else Path("runs") / recipe.name)
+    console = console or Console()
+    with StopSignal(max_time, notify=console.warn) as stop, folder.lock():
+        try:
+            tune_allocator()
+            recipe, notices = freeze(recipe, folder.read_recipe())
+            for line in folder.write_recipe(recipe.plain(), allow=allow):
+                console.note(line)
+            threads = next((s.threads for s in (recipe.train, recipe.tune) if s and s.threads), None)
+            if threads:
+                set_threads(threads)
+            for line in [*notices, *folder.write_environment(threads=threads)]:
+                console.warn(line)
+            figures = Pipeline(
+                recipe, folder, console, stop, workers, redo_data=any(key.split(".")[0] == "data" for key in allow)
+            ).run()
+            console.summary(figures)
+        except BaseException as error:
+            folder.log_error(error)
+            raise
+    return folder
