@@ -1,4 +1,4 @@
-"""What every test runs under: one thread, no network, compile caches of this session only."""
+"""What every test runs under: one thread, no network, compile caches of their own."""
 
 import os
 import shutil
