@@ -2,8 +2,9 @@
 
 q (B, H, T, K), k and v (B, G, S, K) with H a multiple of G: query head h reads key head h // (H / G).
 mask (B, 1, T, S) is True where reading is allowed; None means nothing is hidden except, with ``causal``,
-later tokens (T = S then). Returns (B, H, T, K). Source: Vaswani et al. 2017, section 3.2.1; grouped heads,
-Ainslie et al. 2023.
+later tokens (T = S then). ``softcap`` c bends the scaled scores s, before masking, to c tanh(s / c). Returns
+(B, H, T, K). Source: Vaswani et al. 2017, section 3.2.1; grouped heads, Ainslie et al. 2023; soft-capping, Gemma 2
+(Gemma Team 2024, section 2).
 """
 
 from __future__ import annotations
@@ -21,12 +22,20 @@ Attend = Callable[..., Tensor]
 
 
 def attention_weights(
-    q: Tensor, k: Tensor, mask: Tensor | None, *, causal: bool = False, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """The probabilities themselves, (B, H, T, S), softmax in float32. Grouped heads are broadcast, never copied."""
     B, H, T, K = q.shape
     G, S = k.shape[1], k.shape[2]
     scores = torch.einsum("bgrtk,bgsk->bgrts", q.reshape(B, G, H // G, T, K), k) * (scale or K**-0.5)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     if causal:
         hidden = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(hidden, float("-inf"))
@@ -43,12 +52,13 @@ def plain(
     *,
     causal: bool = False,
     scale: float | None = None,
+    softcap: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     """The textbook form, all scores in memory: the reference of every fast path."""
     B, H, T, _ = q.shape
     G, S = v.shape[1], v.shape[2]
-    weights = F.dropout(attention_weights(q, k, mask, causal=causal, scale=scale), dropout)
+    weights = F.dropout(attention_weights(q, k, mask, causal=causal, scale=scale, softcap=softcap), dropout)
     y = torch.einsum("bgrts,bgsk->bgrtk", weights.reshape(B, G, H // G, T, S), v)
     return y.reshape(B, H, T, v.shape[-1])
 
@@ -61,13 +71,17 @@ def sdpa(
     *,
     causal: bool = False,
     scale: float | None = None,
+    softcap: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     """torch's fused kernels: tiles with an online softmax where the device has them.
 
     Grouped heads (enable_gqa): on the CPU the fused kernel, forward and backward, reads key head h // (H / G)
     in place. With dropout there is no fused kernel on the CPU: torch's plain one then repeats k and v in memory.
+    None of the kernels bends scores: with ``softcap`` this is ``plain``.
     """
+    if softcap is not None:
+        return plain(q, k, v, mask, causal=causal, scale=scale, softcap=softcap, dropout=dropout)
     B, H, T, K = q.shape
     G = k.shape[1]
     if T == 1 and G != H and not causal:

@@ -66,7 +66,8 @@ class Attention(Mixer):
 
     n_kv_heads = n_heads is multi-head attention (Vaswani et al. 2017, section 3.2.2), 1 is multi-query
     (Shazeer 2019), anything between grouped-query (Ainslie et al. 2023). qk_norm normalises each head's
-    queries and keys before the rotation (Qwen3). ``dropout`` acts on the probabilities, after the softmax.
+    queries and keys before the rotation (Qwen3). ``softcap`` c keeps scores within (-c, c) by c tanh(s / c)
+    (Gemma 2: Gemma Team 2024, section 2). ``dropout`` acts on the probabilities, after the softmax.
     """
 
     capabilities = Capabilities()
@@ -81,6 +82,7 @@ class Attention(Mixer):
         o_bias: bool = False
         qk_norm: one_of(HEAD_NORMS) | None = None  # type: ignore[valid-type]
         scale: float | None = Field(default=None, gt=0, description="default: head_dim ** -0.5")
+        softcap: float | None = Field(default=None, gt=0, description="bound of the scores, by tanh")
         dropout: float = Field(default=0.0, ge=0, lt=1)
         backend: AttendName = "sdpa"
 
@@ -126,11 +128,12 @@ class Attention(Mixer):
         # Only when nothing is packed, padded, cached or windowed does a flag say all that the mask would.
         flag = ctx.plain and self.reader.causal and (self.reader.window is None or self.reader.window >= T)
         mask = None if flag else ctx.mask(keys, causal=self.reader.causal, window=self.reader.window)
-        scale = self.config.scale
+        scale, softcap = self.config.scale, self.config.softcap
         if "attention" in ctx.record:
-            weights = attention_weights(q, k, mask, causal=flag, scale=scale)
+            weights = attention_weights(q, k, mask, causal=flag, scale=scale, softcap=softcap)
             ctx.recorded.setdefault("attention", []).append(weights)
-        y = self.attend(q, k, v, mask, causal=flag, scale=scale, dropout=self.config.dropout if self.training else 0.0)
+        dropout = self.config.dropout if self.training else 0.0
+        y = self.attend(q, k, v, mask, causal=flag, scale=scale, softcap=softcap, dropout=dropout)
         return self.o(y.transpose(1, 2).reshape(B, T, -1)), {}
 
     def flops(self, n_queries: int, n_keys: int) -> int:

@@ -58,6 +58,33 @@ def test_scale_is_a_setting():
     assert not torch.allclose(default(x, context(2, 5))[0], other(x, context(2, 5))[0])
 
 
+@pytest.mark.parametrize("n_kv_heads", [1, 4])
+@pytest.mark.parametrize("backend", ATTENDS)
+def test_capped_scores_are_bent_after_scaling_and_before_masking(backend, n_kv_heads):
+    q, k, v = random(2, 4, 6, 8) * 5, random(2, n_kv_heads, 6, 8, seed=1), random(2, n_kv_heads, 6, 8, seed=2)
+    heads = []
+    for h in range(4):
+        g = h * n_kv_heads // 4
+        scores = 3 * torch.tanh(q[:, h] @ k[:, g].transpose(1, 2) * 0.5 / 3)
+        scores = scores.masked_fill(torch.ones(6, 6).triu(1).bool(), -math.inf)
+        heads.append(scores.softmax(-1) @ v[:, g])
+    y = ATTENDS[backend](q, k, v, causal=True, scale=0.5, softcap=3.0)
+    torch.testing.assert_close(y, torch.stack(heads, 1), rtol=0, atol=1e-12)
+    assert not torch.allclose(y, ATTENDS[backend](q, k, v, causal=True, scale=0.5), atol=1e-2)
+
+
+def test_the_cap_is_a_setting_and_its_weights_are_the_recorded_ones():
+    x, mixer = random(2, 5, 16), attention(n_heads=1, softcap=0.1, scale=10.0)
+    ctx = context(2, 5)
+    ctx.record = frozenset({"attention"})
+    y = mixer(x, ctx)[0]
+    (weights,) = ctx.recorded["attention"]
+    torch.testing.assert_close(y, mixer.o(weights[:, 0] @ mixer.v(x)), rtol=0, atol=1e-12)
+    seen = weights[weights > 0]
+    assert float(weights[:, :, -1].max() / weights[:, :, -1].min()) <= math.exp(0.2)
+    assert float(seen.min()) > 0.1
+
+
 @pytest.mark.rows("B2")
 @pytest.mark.parametrize("backend", ATTENDS)
 def test_a_loop_over_heads_equals_the_batched_form(backend):
