@@ -5,21 +5,24 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from octavo.errors import ConfigError
+from octavo.errors import ConfigError, StopRequested
 from octavo.stop import StopSignal, parse_duration
 
 CHILD = """
-import multiprocessing, os, sys, time
+import hashlib, multiprocessing, os, sys, time
 from octavo.stop import StopSignal
 context = multiprocessing.get_context("fork")
 worker = context.Process(target=time.sleep, args=(60,), daemon=True)
 with StopSignal() as stop:
     worker.start()
     print("ready", flush=True)
+    if sys.argv[1] == "inside":  # one call of a minute, in which Python hears nothing
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 10**8)
     while True:
         if stop.requested and sys.argv[1] == "polite":
             worker.kill()
@@ -52,6 +55,44 @@ def test_the_time_limit_is_asked_of_the_clock():
         assert not stop.requested and stop.reason == ""
         now[0] += 0.2
         assert stop.requested and stop.reason == "the time limit of 50m is reached" and stop.seconds_left == 0
+
+
+def test_a_request_that_is_old_is_overdue():
+    now = [100.0]
+    limited = StopSignal("50m", clock=lambda: now[0])
+    now[0] += 3003
+    assert limited.requested and not limited.overdue
+    now[0] += 2
+    assert limited.overdue
+    with pytest.raises(StopRequested, match="the time limit of 50m is reached, while reading") as caught:
+        limited.check("while reading")
+    assert caught.value.exit_code == 75
+    with StopSignal(notify=lambda _: None, clock=lambda: now[0]) as stop:
+        stop.check()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested and not stop.overdue
+        now[0] += 3.9
+        os.kill(os.getpid(), signal.SIGTERM)  # asking again does not begin the wait anew
+        now[0] += 0.2
+        assert stop.overdue
+    assert not StopSignal().overdue
+
+
+def test_what_leaves_nothing_half_done_is_broken_off_at_once():
+    reached = []
+    with StopSignal(notify=lambda _: None) as stop:
+        with pytest.raises(StopRequested, match="SIGTERM"), stop.at_once():
+            reached.append("in")
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                reached.append("after")
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)  # cleaning up is not broken off
+                reached.append("cleaned")
+        with pytest.raises(StopRequested), stop.at_once():
+            reached.append("again")
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert reached == ["in", "cleaned"]
 
 
 def test_a_signal_sets_the_flag_and_the_old_handlers_come_back():
@@ -101,6 +142,7 @@ def test_outside_the_main_thread_only_the_time_limit_works():
         ("polite", [signal.SIGTERM], 75),
         ("deaf", [signal.SIGINT, signal.SIGINT], 130),
         ("deaf", [signal.SIGTERM, signal.SIGINT, signal.SIGINT], 130),
+        ("inside", [signal.SIGINT, signal.SIGINT], 130),
     ],
 )
 def test_first_and_second_signal_of_a_process(manner, signals, code):
@@ -110,6 +152,9 @@ def test_first_and_second_signal_of_a_process(manner, signals, code):
     try:
         for count, number in enumerate(signals, start=1):
             child.send_signal(number)
+            if manner == "inside":
+                time.sleep(0.2)  # no notice comes; two signals in one moment would be one
+                continue
             while count < len(signals) and b"stopping after this step" not in child.stderr.readline():
                 pass
         assert child.wait(timeout=10) == code
