@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import compress
 from typing import Any
 
+from octavo import feed
 from octavo.batch import Batch
 from octavo.config import ChatData, Pretrained, Recipe, TuneConfig
-from octavo.data import chat, facts, prepare
-from octavo.data.loader import Loader, pretraining_loader, sweep
-from octavo.data.pack import Packed, StreamRows, WholeRows
+from octavo.data import chat, prepare
+from octavo.data.loader import Loader
+from octavo.data.pack import StreamRows, WholeRows
 from octavo.data.shards import Shards, write_shards
-from octavo.errors import CheckpointError, ConfigError, ConfigErrors, DataError, StopRequested
+from octavo.errors import CheckpointError, ConfigError, DataError, StopRequested
 from octavo.eval.answers import Question, greedy
 from octavo.eval.runner import evaluate, summary
 from octavo.files import make_folder, sha256_file
@@ -37,8 +38,6 @@ from octavo.training.loop import Held, Trainer
 from octavo.training.progress import Console
 from octavo.training.settings import TrainConfig
 from octavo.training.tracking import tensorboard
-
-VALID_ROWS = 32
 
 
 @dataclass
@@ -70,7 +69,8 @@ class Pipeline:
             with self.console.stage(name, i, len(stages)):
                 began = self.console.clock()
                 result = stage()
-                self.folder.finish(name, previous, seconds=round(self.console.clock() - began, 3), **(result or {}))
+                seconds = round(self.console.clock() - began, 3)
+                self.folder.finish(name, previous, seconds=seconds, peak_memory_bytes=_peak_memory(), **(result or {}))
         scores = self.folder.path / "scores.json"
         return summary(json.loads(scores.read_text(encoding="utf-8"))) if scores.is_file() and recipe.eval else {}
 
@@ -164,7 +164,7 @@ class Pipeline:
         tokens: dict[str, Any] = {"brought": self._brought(recipe.model.path)} if pretrained else {}
         if recipe.data is None:
             return {"vocab_size": tokenizer.vocab_size, **tokens}
-        for split in ("train", "valid") if self._has_valid() else ("train",):
+        for split in ("train", "valid") if feed.has_held_out(self.folder.path) else ("train",):
             with self._bytes_bar() as progress:
                 shards = write_shards(data, split, target, workers=self.workers, progress=progress)
             tokens[f"{split}_tokens"] = shards.n_tokens
@@ -181,23 +181,20 @@ class Pipeline:
             return {}
         tokenizer = self._tokenizer()
         model = self._start(tokenizer)
-        data = self.folder.path / "data"
-        shards = Shards.open(data / "train")
-        seq_len = _seq_len(config, model)
-        weights = [source.weight for source in recipe.data.sources] if recipe.data else None
-        source = pretraining_loader(shards, seq_len, _rows(config, seq_len), seed=recipe.seed, weights=weights)
+        seq_len = feed.seq_len_of(config, model.max_seq_len)
+        rows = feed.pretraining(recipe, self.folder.path, seq_len)
+        source = rows.source
         epochs = config.steps / source.steps_per_epoch
         self.console.note(
             f"{cost(model).parameters:,} parameters; {config.steps:,} steps of {source.rows * seq_len:,} tokens, "
-            f"{epochs:.2f} passes over {shards.n_tokens:,} tokens; {config.precision}, "
+            f"{epochs:.2f} passes over {rows.tokens:,} tokens; {config.precision}, "
             f"{'compiled' if config.compile == 'step' else 'not compiled'}, {config.threads} threads"
         )
-        valid, scale = None, None
-        if self._has_valid():
-            held_out = Shards.open(data / "valid")
-            valid = StreamRows(held_out, seq_len, shuffle=False)
+        scale = None
+        if isinstance(rows.valid, StreamRows):
+            held_out = rows.valid.shards
             scale = (held_out.n_tokens - held_out.n_documents) / max(1, held_out.n_bytes) / math.log(2)
-        figures = self._fit("pretrain", model, source, config, valid, scale, tokenizer)
+        figures = self._fit("pretrain", model, source, config, rows.valid, scale, tokenizer)
         LanguageModel(model, tokenizer).save(self.folder.base_path if recipe.tune else self.folder.model_path)
         per_token = cost(model, seq_len).train_flops // seq_len
         return {
@@ -216,28 +213,18 @@ class Pipeline:
         model = self._start(tokenizer)
         if recipe.train:  # base/ has the weights; what only matters in training (dropout) is the recipe's
             model.load_state_dict(load(self.folder.base_path).model.state_dict())
-        seq_len = _seq_len(config, model)
-        conversations, held_out = self._conversations(config)
-        report = chat.ChatReport()
-        samples = chat.tokenise(conversations, tokenizer, seq_len + 1, report)
-        pad = tokenizer.special.pad if tokenizer.special.pad is not None else 0
-        packed = WholeRows([(s.ids, s.loss_mask) for s in samples], seq_len, pad=pad)
-        source = Loader(packed, _rows(config, seq_len), seed=recipe.seed)
+        seq_len = feed.seq_len_of(config, model.max_seq_len)
+        rows = feed.tuning(recipe, tokenizer, seq_len, keep=self.folder.path / "tune" / "data")
         self.console.note(
-            f"{len(samples):,} conversations, {report.trained_tokens:,} trained tokens; {config.steps:,} steps, "
-            f"{config.steps / source.steps_per_epoch:.2f} passes"
+            f"{len(rows.conversations):,} conversations, {rows.tokens:,} trained tokens; {config.steps:,} steps, "
+            f"{config.steps / rows.source.steps_per_epoch:.2f} passes"
         )
-        valid = None
-        if held_out:
-            try:
-                kept = chat.tokenise(held_out, tokenizer, seq_len + 1)
-                valid = WholeRows([(s.ids, s.loss_mask) for s in kept], seq_len, pad=pad)
-            except DataError as error:
-                self.console.warn(f"no validation: {error.what}")
-        figures = self._fit("tune", model, source, config, valid, None, tokenizer)
+        for line in rows.notices:
+            self.console.warn(line)
+        figures = self._fit("tune", model, rows.source, config, rows.valid, None, tokenizer)
         LanguageModel(model, tokenizer).save(self.folder.model_path)
         told = {"told": self._told(config.data)} if isinstance(config.data, ChatData) else {}
-        return {**told, "conversations": len(samples), "trained_tokens": report.trained_tokens, **_finite(figures)}
+        return {**told, "conversations": len(rows.conversations), "trained_tokens": rows.tokens, **_finite(figures)}
 
     def evaluate(self) -> dict[str, Any]:
         """Bits per byte next to the n-gram baseline, and answers to held-out questions."""
@@ -249,7 +236,7 @@ class Pipeline:
         data = self.folder.path / "data"
         questions = self._questions()
         facts_ = {"parameters": cost(final.model).parameters, "run": recipe.name}
-        if recipe.data is not None and self._has_valid():
+        if recipe.data is not None and feed.has_held_out(self.folder.path):
             held_out = Shards.open(data / "valid")
             result = evaluate(
                 logits_fn=base.logits,
@@ -279,15 +266,12 @@ class Pipeline:
         return {}
 
     def _fit(
-        self, stage: str, model: Decoder, source: Loader, config: TrainConfig, valid: Packed | None,
+        self, stage: str, model: Decoder, source: Loader, config: TrainConfig, valid: StreamRows | WholeRows | None,
         scale: float | None, tokenizer: Tokenizer,
     ) -> dict[str, float]:  # fmt: skip
         batches = []
         if valid is not None:
-            # No more rows at once than in training: that much memory is there.
-            rows = min(VALID_ROWS, config.micro_batch_rows or source.rows)
-            n = -(-config.valid_batches * VALID_ROWS // rows)
-            for arrays, _ in zip(sweep(valid, rows), range(n), strict=False):
+            for arrays in feed.validation_batches(valid, source, config):
                 batches.append(Batch.from_numpy(arrays, config.device))
         lm = LanguageModel(model, tokenizer)
         questions = [[{"role": "user", "content": prompt}] for prompt in config.sample_prompts]
@@ -305,7 +289,7 @@ class Pipeline:
 
         folder = self.folder.path / stage
         make_folder(folder)
-        seq_len = _seq_len(config, model)
+        seq_len = feed.seq_len_of(config, model.max_seq_len)
         held = Held(
             folder=folder,
             run_id=self.folder.id,
@@ -349,28 +333,6 @@ class Pipeline:
     def _tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.folder.path / "tokenizer")
 
-    def _has_valid(self) -> bool:
-        report = prepare.read_json(self.folder.path / "data" / "report.json") or {}
-        return bool(report.get("splits", {}).get("valid", {}).get("documents"))
-
-    def _facts(self, config: TuneConfig) -> facts.Facts | None:
-        return None if isinstance(config.data, ChatData) else facts.build(self.recipe.seed, config.data.facts)
-
-    def _conversations(self, config: TuneConfig) -> tuple[list[chat.Conversation], list[chat.Conversation]]:
-        """What is trained on, and what is kept for validation."""
-        if (built := self._facts(config)) is not None:
-            built.write(self.folder.path / "tune" / "data")
-            asked = [
-                chat.Conversation([*q.messages, {"role": "assistant", "content": q.answer}]) for q in built.held_out
-            ]
-            return built.train, asked
-        if not isinstance(config.data, ChatData):
-            raise ConfigErrors([ConfigError("tune.data is not a chat source")])
-        rows = chat.read(config.data)
-        # Spread over the file, so that a file sorted by topic is not split by topic.
-        held = [int((i + 1) * config.held_out) > int(i * config.held_out) for i in range(len(rows))]
-        return list(compress(rows, (not out for out in held))), list(compress(rows, held))
-
     def _questions(self) -> Sequence[Question]:
         path = self.folder.path / "tune" / "data" / "held_out.jsonl"
         if self.recipe.tune is None or not path.is_file():
@@ -406,14 +368,12 @@ class Pipeline:
                 bar.close()
 
 
-def _seq_len(config: TrainConfig, model: Decoder) -> int:
-    """Tokens a row: as asked, else the model's whole context, of which a pretrained one may have too much."""
-    return config.seq_len or min(model.max_seq_len, config.step_tokens)
+def _peak_memory() -> int:
+    """The most memory this process has held so far, in bytes."""
+    import resource  # not on native Windows, which is refused earlier
 
-
-def _rows(config: TrainConfig, seq_len: int) -> int | None:
-    """Rows of an optimizer step; None means all."""
-    return {"per_sample": 1, "full_batch": None}.get(config.update, max(1, config.step_tokens // seq_len))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _deciding(config: TrainConfig) -> dict[str, Any]:

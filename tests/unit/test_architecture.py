@@ -13,7 +13,7 @@ import pytest
 import octavo
 
 SOURCE = Path(octavo.__file__).parent
-FOUNDATION = {"errors", "schema", "files", "stop", "metrics_file"}
+FOUNDATION = {"errors", "schema", "files", "failpoint", "stop", "metrics_file"}
 
 # Room -> the rooms it may import, beside the foundation and itself.
 MAY_SEE: dict[str, set[str]] = {
@@ -34,7 +34,7 @@ MAY_SEE: dict[str, set[str]] = {
     "serve": {"tokenizer", "infer"},
 }
 # These put the rooms together; only the command line stands above them.
-ASSEMBLY = {"config", "language_model", "launch", "pipeline"}
+ASSEMBLY = {"config", "feed", "language_model", "launch", "pipeline"}
 
 TORCH_FREE = (
     "octavo", "octavo.run", "octavo.schema", "octavo.cli.main",

@@ -11,7 +11,7 @@ import pytest
 from recipes import tiny_recipe, write_pairs, write_texts
 
 import octavo
-from octavo import launch, pipeline
+from octavo import feed, launch, pipeline
 from octavo.config import Recipe
 from octavo.data.shards import Shards
 from octavo.errors import CheckpointError, ConfigError, ConfigErrors, DataError, StopRequested
@@ -255,9 +255,8 @@ def test_the_share_held_out_of_conversations_is_that_share(tmp_path, share, n, h
     raw = tiny_recipe(tmp_path)
     raw["tune"] |= {"held_out": share, "data": {"kind": "chat", "paths": [str(write_pairs(tmp_path / "p.jsonl", n))]}}
     recipe = Recipe.parse(raw)
-    made = pipeline.Pipeline(recipe, RunFolder(tmp_path / "run"), Console("quiet"), stop=None)  # type: ignore[arg-type]
     assert recipe.tune is not None
-    trained, kept = made._conversations(recipe.tune)
+    trained, kept = feed.conversations(recipe.tune, recipe.seed)
     assert (len(trained), len(kept)) == (n - held, held)
     together = {c.messages[0]["content"] for c in (*trained, *kept)}
     assert len(together) == n

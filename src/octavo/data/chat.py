@@ -90,10 +90,14 @@ class ChatReport:
 
 
 class Sample(NamedTuple):
-    """One conversation as tokens: ``ids`` (T,) uint32, ``loss_mask`` (T,) uint8 (1: this token is trained)."""
+    """One conversation as tokens: ``ids`` (T,) uint32, ``loss_mask`` (T,) uint8 (1: this token is trained).
+
+    ``number`` says which of the conversations given it is: some have no sample.
+    """
 
     ids: np.ndarray
     loss_mask: np.ndarray
+    number: int = 0
 
 
 def read(config: ChatConfig, report: ChatReport | None = None) -> list[Conversation]:
@@ -168,11 +172,12 @@ def tokenise(
     report = report if report is not None else ChatReport()
     samples: list[Sample] = []
     n = truncated = dropped = 0
-    for n, conversation in enumerate(conversations, 1):  # noqa: B007 - the count is read after the loop
+    for n, conversation in enumerate(conversations, 1):
         rendered = tokenizer.render(conversation.messages, tools=conversation.tools)
         sample = Sample(
             np.asarray(rendered.ids[:seq_len], dtype=np.uint32),
             np.asarray(rendered.loss_mask[:seq_len], dtype=np.uint8),
+            n - 1,
         )
         calls = [call["function"]["name"] for m in conversation.messages for call in m.get("tool_calls", ())]
         cut = any(rendered.loss_mask[seq_len:])

@@ -1,0 +1,149 @@
+"""What each stage of a training reads: the batch of every step, the held-out rows, and where they come from.
+
+The pipeline trains on exactly these; ``octavo data show`` and ``octavo data check`` look at exactly these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import compress, islice
+from pathlib import Path
+
+from octavo.config import ChatData, Pretrained, Recipe, TuneConfig
+from octavo.data import chat, facts, prepare
+from octavo.data.chat import ChatReport, Conversation
+from octavo.data.loader import Loader, pretraining_loader, sweep
+from octavo.data.pack import Batch, StreamRows, WholeRows
+from octavo.data.shards import Shards
+from octavo.errors import ConfigError, DataError
+from octavo.tokenizer import Tokenizer
+from octavo.training.settings import TrainConfig
+
+VALID_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What one stage of training reads.
+
+    Args:
+        source: the batch of every step.
+        valid: the held-out rows, None where there are none.
+        tokens: trained on in a pass: of all documents in pretraining, of the answers in tuning.
+        conversations: in tuning, of the samples in ``source`` by number.
+        held_out: the same of ``valid``.
+        report: in tuning, what became of the rows.
+        notices: what the user should be told.
+    """
+
+    source: Loader
+    valid: StreamRows | WholeRows | None
+    tokens: int
+    conversations: list[Conversation] = field(default_factory=list)
+    held_out: list[Conversation] = field(default_factory=list)
+    report: ChatReport = field(default_factory=ChatReport)
+    notices: list[str] = field(default_factory=list)
+
+
+def pretraining(recipe: Recipe, folder: Path, seq_len: int) -> Feed:
+    """Rows of ``seq_len`` tokens from the shards in a run folder.
+
+    Raises:
+        DataError: there are no shards, or they are damaged.
+    """
+    if recipe.train is None:
+        raise ConfigError("the recipe has no train section", fix="look at another stage")
+    shards = Shards.open(folder / "data" / "train")
+    weights = [source.weight for source in recipe.data.sources] if recipe.data else None
+    n_rows = rows_of_step(recipe.train, seq_len)
+    source = pretraining_loader(shards, seq_len, n_rows, seed=recipe.seed, weights=weights)
+    valid = None
+    if has_held_out(folder):
+        valid = StreamRows(Shards.open(folder / "data" / "valid"), seq_len, shuffle=False)
+    return Feed(source, valid, shards.n_tokens)
+
+
+def tuning(recipe: Recipe, tokenizer: Tokenizer, seq_len: int, *, keep: Path | None = None) -> Feed:
+    """Conversations through the one renderer, packed whole into rows of ``seq_len`` tokens.
+
+    Args:
+        keep: a folder in which questions that are built, not read, are written for the scores.
+
+    Raises:
+        DataError: nothing can be read, or nothing in it can be trained on.
+    """
+    config = recipe.tune
+    if config is None:
+        raise ConfigError("the recipe has no tune section", fix="look at another stage")
+    report, notices = ChatReport(), list[str]()
+    told, kept_back = conversations(config, recipe.seed, keep=keep)
+    samples = chat.tokenise(told, tokenizer, seq_len + 1, report)
+    pad = tokenizer.special.pad if tokenizer.special.pad is not None else 0
+    source = WholeRows([(s.ids, s.loss_mask) for s in samples], seq_len, pad=pad)
+    valid, held = None, list[chat.Sample]()
+    if kept_back:
+        try:
+            held = chat.tokenise(kept_back, tokenizer, seq_len + 1)
+            valid = WholeRows([(s.ids, s.loss_mask) for s in held], seq_len, pad=pad)
+        except DataError as error:
+            notices.append(f"no validation: {error.what}")
+    return Feed(
+        Loader(source, rows_of_step(config, seq_len), seed=recipe.seed),
+        valid,
+        report.trained_tokens,
+        [told[sample.number] for sample in samples],
+        [kept_back[sample.number] for sample in held],
+        report,
+        notices,
+    )
+
+
+def conversations(
+    config: TuneConfig, seed: int, *, keep: Path | None = None
+) -> tuple[list[Conversation], list[Conversation]]:
+    """What is trained on, and what is kept for validation."""
+    if not isinstance(config.data, ChatData):
+        built = facts.build(seed, config.data.facts)
+        if keep is not None:
+            built.write(keep)
+        return built.train, [
+            Conversation([*q.messages, {"role": "assistant", "content": q.answer}]) for q in built.held_out
+        ]
+    rows = chat.read(config.data)
+    # Spread over the file, so that a file sorted by topic is not split by topic.
+    held = [int((i + 1) * config.held_out) > int(i * config.held_out) for i in range(len(rows))]
+    return list(compress(rows, (not out for out in held))), list(compress(rows, held))
+
+
+def validation_batches(valid: StreamRows | WholeRows, source: Loader, config: TrainConfig) -> Iterator[Batch]:
+    """The rows that every validation looks at."""
+    # No more rows at once than in training: that much memory is there.
+    rows = min(VALID_ROWS, config.micro_batch_rows or source.rows)
+    return islice(sweep(valid, rows), -(-config.valid_batches * VALID_ROWS // rows))
+
+
+def has_held_out(folder: Path) -> bool:
+    """Whether documents of a run are held out."""
+    report = prepare.read_json(folder / "data" / "report.json") or {}
+    return bool(report.get("splits", {}).get("valid", {}).get("documents"))
+
+
+def seq_len_of(config: TrainConfig, max_seq_len: int) -> int:
+    """Tokens a row: as asked, else the model's whole context, of which a pretrained one may have too much."""
+    return config.seq_len or min(max_seq_len, config.step_tokens)
+
+
+def max_seq_len(recipe: Recipe) -> int:
+    """The longest context of a recipe's model, whose weights are not read for it."""
+    if not isinstance(recipe.model, Pretrained.Config):
+        return recipe.model.max_seq_len
+    from octavo.hub.folder import model_config, read_config
+    from octavo.run import find_model
+
+    return model_config(read_config(find_model(recipe.model.path))).max_seq_len
+
+
+def rows_of_step(config: TrainConfig, seq_len: int) -> int | None:
+    """Rows of an optimizer step; None means all."""
+    return {"per_sample": 1, "full_batch": None}.get(config.update, max(1, config.step_tokens // seq_len))
