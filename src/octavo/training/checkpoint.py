@@ -6,8 +6,9 @@ that. So a kill or a power cut at any moment leaves a step that verifies, if the
 damaged byte anywhere is found before it reaches a weight. Tensors are safetensors, the rest is JSON:
 nothing is ever unpickled.
 
-``save``, ``recover`` and ``clear_leftovers`` change the folder: only the owner of the run's lock may
-call them. ``newest``, ``verify`` and ``load`` only read.
+``save``, ``recover`` and ``remove_all`` change the folder: only the owner of the run's lock may call
+them. ``newest``, ``verify`` and ``load`` only read. The moments at which tests kill or fail the saver
+are in failpoint.py.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import CheckpointError, ResourceError
-from octavo.files import fsync_path, make_folder, sha256_file, write_durable
-from octavo.training import tensor_file
+from octavo.failpoint import failpoint
+from octavo.files import fsync_path, make_folder, write_durable
+from octavo.training import manifest, tensor_file
+from octavo.training.checkpoint_path import refuse_foreign
+from octavo.training.manifest import MANIFEST, PLAIN_NAME, STATE, STEP_NAME, verify
 
 if TYPE_CHECKING:
     import torch
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-STATE = "state.json"
+__all__ = ["Checkpoint", "load", "newest", "recover", "remove_all", "save", "verify"]
+
 SPARE_FRACTION = 0.1
-STEP_NAME = re.compile(r"step-(\d{8,})")
+BLOCK_BYTES = 4096  # what the smallest file takes on most file systems
 ASIDE_NAME = re.compile(r"(step-\d{8,})\.tmp-[\w-]+")
-PLAIN_NAME = re.compile(r"[\w-][\w.-]*")
-PICKLE_SUFFIXES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"}
 
 
 @dataclass(frozen=True)
@@ -98,40 +99,37 @@ def save(
     state_bytes = json.dumps(dict(state), indent=1).encode() + b"\n"
     replaced = None
     try:
+        failpoint("save.begin")
         make_folder(folder)
-        _require_room(folder, len(state_bytes) + sum(map(tensor_file.size_bytes, groups.values())))
+        _require_room(folder, [len(state_bytes), *map(tensor_file.size_bytes, groups.values())])
         if aside.exists():
             shutil.rmtree(aside)
+        failpoint("save.mkdir")
         aside.mkdir()
-        files = {file: tensor_file.write(aside / file, group) for file, group in groups.items()}
-        write_durable(aside / STATE, state_bytes)
-        files[STATE] = (len(state_bytes), hashlib.sha256(state_bytes).hexdigest())
-        write_durable(aside / MANIFEST, _manifest(step, run_id, files))
-        fsync_path(aside)
-        if problems := verify(aside):
-            raise ResourceError(
-                f"{name} reads back other bytes than were written: {'; '.join(problems)}",
-                fix="check the disk, or put the run on another one",
-                kept=_kept(folder),
-            )
+        _write_files(aside, step, run_id, groups, state_bytes)
+        failpoint("save.verify")
+        _require_same_bytes(aside, name)
         if final.exists():
-            replaced = _set_aside(final)
+            failpoint("save.replace")
+            replaced = _rename_aside(final, f"{name}.tmp-replaced")
+        failpoint("save.rename")
         os.rename(aside, final)
+        failpoint("save.fsync_parent")
         fsync_path(folder)
     except BaseException as error:
         # Nothing of an unfinished step may stay: on a full disk it would take the room of the next try.
         shutil.rmtree(aside, ignore_errors=True)
         if replaced and not final.exists():
-            os.rename(replaced, final)
+            with contextlib.suppress(OSError):  # then the next start puts it back
+                os.rename(replaced, final)
         if isinstance(error, OSError):
-            raise ResourceError(
-                f"{name} could not be saved in {folder}: {error.strerror or error}",
-                fix="make room or mend the disk; the same command goes on from the last saved step",
-                kept=_kept(folder),
-            ) from error
+            raise _refused(f"{name} could not be saved in {folder}", folder, error) from error
+        if isinstance(error, ResourceError):
+            error.kept = _kept(folder)
         raise
-    # A folder that cannot be removed is no reason to call a saved step unsaved.
+    # What cannot be removed is no reason to call a saved step unsaved.
     with contextlib.suppress(OSError):
+        failpoint("rotate.begin")
         if replaced:
             _remove(replaced)
         _rotate(folder, step, keep)
@@ -148,82 +146,115 @@ def _by_file(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.T
     return groups
 
 
-def _manifest(step: int, run_id: str, files: Mapping[str, tuple[int, str]]) -> bytes:
-    body: dict[str, Any] = {
-        "format": FORMAT,
-        "step": step,
-        "run_id": run_id,
-        "files": {name: {"size": size, "sha256": sha256} for name, (size, sha256) in sorted(files.items())},
-    }
-    body["sha256"] = hashlib.sha256(json.dumps(body, indent=1).encode()).hexdigest()
-    return json.dumps(body, indent=1).encode() + b"\n"
-
-
-def _require_room(folder: Path, need_bytes: int) -> None:
-    need_bytes = int(need_bytes * (1 + SPARE_FRACTION))
+def _require_room(folder: Path, file_bytes: list[int]) -> None:
+    blocks = sum(-(-size // BLOCK_BYTES) for size in file_bytes) + 2  # and the manifest and the folder
+    need_bytes = int(blocks * BLOCK_BYTES * (1 + SPARE_FRACTION))
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < need_bytes:
         raise ResourceError(
             f"a checkpoint needs {need_bytes:,} bytes and the disk of {folder} has {free_bytes:,} free",
             fix=f"free {need_bytes - free_bytes:,} bytes, or put the run on another disk",
-            kept=_kept(folder),
         )
 
 
+def _write_files(
+    aside: Path, step: int, run_id: str, groups: Mapping[str, Mapping[str, torch.Tensor]], state_bytes: bytes
+) -> None:
+    """All on disk on return; the manifest comes last, so that where there is one the rest is whole."""
+    files = {name: tensor_file.write(aside / name, group) for name, group in groups.items()}
+    failpoint("save.state")
+    write_durable(aside / STATE, state_bytes)
+    files[STATE] = (len(state_bytes), hashlib.sha256(state_bytes).hexdigest())
+    failpoint("save.manifest")
+    write_durable(aside / MANIFEST, manifest.build(step, run_id, files))
+    failpoint("save.fsync_folder")
+    fsync_path(aside)
+
+
+def _require_same_bytes(aside: Path, name: str) -> None:
+    if problems := verify(aside):
+        raise ResourceError(
+            f"{name} reads back other bytes than were written: {'; '.join(problems)}",
+            fix="check the disk, or put the run on another one",
+        )
+
+
+def _refused(what: str, folder: Path, error: OSError) -> ResourceError:
+    return ResourceError(
+        f"{what}: {error.strerror or error}",
+        fix="make room or mend the disk; the same command goes on from the last saved step",
+        kept=_kept(folder),
+    )
+
+
 def _kept(folder: Path) -> str:
-    steps = _steps(folder)
+    try:
+        steps = _steps(folder)
+    except OSError:
+        return "what was saved before"
     return str(steps[0][1]) if steps else "no step was saved yet"
 
 
+# -------------------------------------------------------------------------------------------- remove
+
+
 def _rotate(folder: Path, step: int, keep: int) -> None:
-    """Remove all but ``step`` and the ``keep - 1`` before it.
+    """Remove all but ``step``, which was just verified, and the ``keep - 1`` whole ones before it.
 
     Later steps belong to a line of training that was given up (a damaged step, a rollback): left here,
-    the next start would jump back onto it.
+    the next start would jump back onto it. Earlier ones count as kept only if all their files are there
+    in their sizes: hashing them at every save would cost more than saving.
     """
     earlier = [path for number, path in _steps(folder) if number < step]
     later = [path for number, path in _steps(folder) if number > step]
-    for path in (*later, *earlier[keep - 1 :], *folder.glob("damaged-*")):
-        _remove(_set_aside(path))
+    kept = [path for path in earlier if _looks_whole(path)][: keep - 1]
+    spare = [path for path in earlier if path not in kept] if len(kept) == keep - 1 else []
+    for path in (*later, *spare, *folder.glob("damaged-*")):
+        _discard(path)
 
 
-def _set_aside(path: Path) -> Path:
+def _looks_whole(path: Path) -> bool:
+    try:
+        return not any(found.problem for found in manifest.compare_sizes(path, manifest.read(path)))
+    except CheckpointError:
+        return False
+
+
+def _discard(path: Path) -> None:
     """Rename first, so that a kill while files are being removed leaves no half step under a step's name."""
-    aside = path.with_name(f"drop.tmp-{path.name}-{secrets.token_hex(4)}")
+    with contextlib.suppress(OSError):
+        _remove(_rename_aside(path, f"drop.tmp-{path.name}"))
+
+
+def _rename_aside(path: Path, name: str) -> Path:
+    aside = path.with_name(f"{name}-{secrets.token_hex(4)}")
+    failpoint("rotate.rename")
     os.rename(path, aside)
     return aside
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+    with contextlib.suppress(OSError):
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+            return
+        for entry in path.iterdir():
+            failpoint("remove.file")
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+        failpoint("remove.folder")
+        path.rmdir()
 
 
-# ---------------------------------------------------------------------------------------- read, check
+def remove_all(folder: str | os.PathLike[str]) -> None:
+    """Give up all that was saved: each step goes as a whole, so that a kill between leaves only whole ones."""
+    for entry in sorted(Path(folder).iterdir()):
+        _discard(entry)
 
 
-def verify(path: str | os.PathLike[str]) -> list[str]:
-    """Every problem of a step's folder, each naming the file; empty when all bytes are as written."""
-    path = Path(path)
-    try:
-        manifest = _read_manifest(path)
-    except CheckpointError as error:
-        return [error.what]
-    problems = _compare_names(path, manifest)
-    named = {problem.partition(": ")[0] for problem in problems}
-    for name, entry in manifest["files"].items():
-        if name in named:
-            continue
-        try:
-            sha256 = sha256_file(path / name)
-        except OSError as error:
-            problems.append(f"{name}: cannot be read ({error.strerror})")
-            continue
-        if sha256 != entry["sha256"]:
-            problems.append(f"{name}: sha256 differs")
-    return problems
+# ---------------------------------------------------------------------------------------------- read
 
 
 def load(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -233,17 +264,17 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[st
         CheckpointError: not a checkpoint, or any byte of it differs from what was saved.
     """
     path = Path(path)
-    _refuse_foreign(path)
+    refuse_foreign(path)
     fix = "load another step, or restore this one from a copy"
     try:
-        manifest = _read_manifest(path)
+        files = (listed := manifest.read(path))["files"]
     except CheckpointError as error:
         raise CheckpointError(f"{path}/{error.what}", fix=fix) from None
-    if problems := _compare_names(path, manifest):
+    if problems := [f"{found.name}: {found.problem}" for found in manifest.compare_sizes(path, listed) if found.problem]:
         raise CheckpointError(f"{path}/{'; '.join(problems)}", fix=fix)
     tensors: dict[str, torch.Tensor] = {}
     state: dict[str, Any] = {}
-    for name, entry in manifest["files"].items():
+    for name, entry in files.items():
         try:
             if name == STATE:
                 data = (path / name).read_bytes()
@@ -260,81 +291,6 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[st
     return tensors, state
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest, whose own bytes are checked: they must be exactly what ``_manifest`` writes."""
-    try:
-        data = (path / MANIFEST).read_bytes()
-    except FileNotFoundError:
-        raise CheckpointError(f"{MANIFEST}: missing") from None
-    except OSError as error:
-        raise CheckpointError(f"{MANIFEST}: cannot be read ({error.strerror})") from None
-    try:
-        manifest = json.loads(data)
-        version, step, run_id = manifest["format"], manifest["step"], manifest["run_id"]
-        files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
-        sound = version != FORMAT or data == _manifest(step, run_id, files)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        sound = False
-    if not sound:
-        raise CheckpointError(f"{MANIFEST}: its own sha256 differs")
-    if version != FORMAT:
-        raise CheckpointError(f"{MANIFEST}: format {version!r}, this Octavo reads format {FORMAT}")
-    if STATE not in files or not all(PLAIN_NAME.fullmatch(name) and name != MANIFEST for name in files):
-        raise CheckpointError(f"{MANIFEST}: lists files that no checkpoint has")
-    named = STEP_NAME.match(path.name)
-    if named and int(named[1]) != step:
-        raise CheckpointError(f"{MANIFEST}: belongs to step {step}")
-    return dict(manifest)
-
-
-def _compare_names(path: Path, manifest: Mapping[str, Any]) -> list[str]:
-    problems = []
-    try:
-        entries = {entry.name: entry for entry in os.scandir(path)}
-    except OSError as error:
-        return [f"{path.name}: cannot be listed ({error.strerror})"]
-    for name, expected in manifest["files"].items():
-        entry = entries.get(name)
-        if entry is None:
-            problems.append(f"{name}: missing")
-        elif not entry.is_file(follow_symlinks=False):
-            problems.append(f"{name}: not a plain file")
-        elif (size := (path / name).stat().st_size) != expected["size"]:
-            problems.append(f"{name}: {size} bytes, should be {expected['size']}")
-    extra = sorted(entries.keys() - manifest["files"].keys() - {MANIFEST})
-    return problems + [f"{name}: extra file" for name in extra]
-
-
-def _refuse_foreign(path: Path) -> None:
-    """Say what a path that is no checkpoint folder is.
-
-    Raises:
-        CheckpointError: it does not exist, is a file, or holds pickled weights.
-    """
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist", fix="give the folder of a step, such as step-00000100")
-    pickles = [path] if path.is_file() else [entry for entry in path.iterdir() if entry.is_file()]
-    for file in pickles:
-        if file.suffix in PICKLE_SUFFIXES or _starts_like_pickle(file):
-            raise CheckpointError(
-                f"{file} is a pickle, and unpickling can run code; only safetensors are read",
-                fix="write it as .safetensors with the program that made it",
-            )
-    if path.is_file():
-        raise CheckpointError(f"{path} is a file, not the folder of a step", fix=f"give its folder: {path.parent}")
-
-
-def _starts_like_pickle(file: Path) -> bool:
-    """Pickle protocol 2 and later, or the zip archive torch.save puts one in."""
-    if file.suffix in (".safetensors", ".json"):  # a header of 640 bytes begins like a pickle
-        return False
-    try:
-        with open(file, "rb") as opened:
-            return opened.read(2) in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK")
-    except OSError:
-        return False
-
-
 # --------------------------------------------------------------------------------------------- choose
 
 
@@ -349,30 +305,39 @@ def newest(folder: str | os.PathLike[str]) -> Checkpoint | None:
     if not folder.exists():
         return None
     if folder.is_file():
-        _refuse_foreign(folder)
-    steps = _steps(folder)
+        refuse_foreign(folder)
+    steps: list[tuple[int, Path]] = []
     failures: list[tuple[int, Path, str]] = []
-    for step, path in steps:
-        problems = verify(path)
-        if not problems:
-            manifest = _read_manifest(path)
-            notices = tuple(
-                f"warning[CHECKPOINT]: {bad.name}/{why}. Going on from {path.name} ({number - step} steps lost)."
-                for number, bad, why in failures
-            )
-            return Checkpoint(path, step, manifest["run_id"], notices, tuple(bad for _, bad, _ in failures))
-        failures.append((step, path, "; ".join(problems)))
+    for _ in range(10):  # a training that is under way may remove what was just listed
+        steps = _steps(folder)
+        failures = []
+        for step, path in steps:
+            problems = verify(path)
+            if not problems:
+                return _chosen(path, step, failures)
+            failures.append((step, path, "; ".join(problems)))
+        if _steps(folder) == steps:
+            break
     others = sorted(entry.name for entry in folder.iterdir() if ".tmp-" not in entry.name and entry.name[0] != ".")
     if not others:
         return None
     if not steps:
-        _refuse_foreign(folder)
+        refuse_foreign(folder)
     found = [f"{path.name}/{problem}" for _, path, problem in failures] or [f"it holds {', '.join(others)}"]
     raise CheckpointError(
         f"{folder} has no step that verifies: {'; '.join(found)}",
         fix="restore a step from a copy, or start in a new run folder",
         kept="nothing was removed",
     )
+
+
+def _chosen(path: Path, step: int, failures: list[tuple[int, Path, str]]) -> Checkpoint:
+    notices = tuple(
+        f"warning[CHECKPOINT]: {bad}/{why}. Fix: {path.name} is used instead ({number - step} steps lost)."
+        f" Kept: {path.name}, every byte verified."
+        for number, bad, why in failures
+    )
+    return Checkpoint(path, step, manifest.read(path)["run_id"], notices, tuple(bad for _, bad, _ in failures))
 
 
 def recover(folder: str | os.PathLike[str]) -> Checkpoint | None:
@@ -383,31 +348,37 @@ def recover(folder: str | os.PathLike[str]) -> Checkpoint | None:
 
     Raises:
         CheckpointError: as ``newest``.
+        ResourceError: the disk refused.
     """
     folder = Path(folder)
-    clear_leftovers(folder)
-    found = newest(folder)
-    for path in found.damaged if found else ():
-        os.rename(path, path.with_name(f"damaged-{path.name}-{secrets.token_hex(4)}"))
+    try:
+        _clear_leftovers(folder)
+        found = newest(folder)
+        for path in found.damaged if found else ():
+            failpoint("recover.damaged")
+            os.rename(path, path.with_name(f"damaged-{path.name}-{secrets.token_hex(4)}"))
+    except OSError as error:
+        raise _refused(f"the steps in {folder} cannot be cleared of what a killed save left", folder, error) from error
     return found
 
 
-def clear_leftovers(folder: str | os.PathLike[str]) -> None:
+def _clear_leftovers(folder: Path) -> None:
     """Remove what a killed save left; if it was whole and only the rename was missing, finish it."""
-    folder = Path(folder)
     for entry in sorted(folder.glob("*.tmp-*")):
+        failpoint("recover.leftover")
         match = ASIDE_NAME.fullmatch(entry.name)
-        if match and not verify(entry):
-            final = folder / match[1]
-            if not final.exists() or verify(final):
-                if final.exists():
-                    _remove(_set_aside(final))
-                for path in (*entry.iterdir(), entry):  # the killed process may not have come to do it
-                    fsync_path(path)
-                os.rename(entry, final)
-                fsync_path(folder)
-                continue
-        _remove(entry)
+        final = folder / match[1] if match else entry
+        if match is None or verify(entry) or (final.exists() and not verify(final)):
+            _remove(entry)
+            continue
+        if final.exists():
+            _discard(final)
+        failpoint("recover.fsync")
+        for path in (*entry.iterdir(), entry):  # the killed process may not have come to do it
+            fsync_path(path)
+        failpoint("recover.rename")
+        os.rename(entry, final)
+        fsync_path(folder)
 
 
 def _steps(folder: Path) -> list[tuple[int, Path]]:

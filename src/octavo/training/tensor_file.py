@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import CheckpointError
+from octavo.failpoint import failpoint
 from octavo.files import write_all
 
 if TYPE_CHECKING:
@@ -55,14 +56,17 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[int, str]:
     """
     digest = hashlib.sha256()
     size = 0
+    failpoint("save.file")
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         ordered, header = _layout(tensors)
         parts: Iterator[bytes | memoryview] = itertools.chain([header], map(_bytes, ordered))
         for data in parts:
             digest.update(data)
+            failpoint("save.bytes")
             write_all(descriptor, data)
             size += len(data)
+        failpoint("save.fsync")
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -140,7 +144,8 @@ def _entries(path: Path, header: bytes, data_bytes: int) -> list[tuple[str, str,
     entries, position = [], 0
     for start, end, name, dtype, shape in rows:
         valid = (
-            dtype in DTYPES
+            isinstance(dtype, str)
+            and dtype in DTYPES
             and start == position
             and isinstance(shape, list)
             and all(isinstance(length, int) and length >= 0 for length in shape)
