@@ -8,7 +8,6 @@ alone, so a resumed run needs no memory of the past beyond weights, moments and 
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -297,7 +296,7 @@ class Trainer:
         tensors, state = checkpoint.load(found.path)
         if state.get("started_from", "") != held.started_from:
             held.console.warn("this stage begins anew: the weights it starts from have changed")
-            shutil.rmtree(held.folder / "checkpoints")
+            checkpoint.remove_all(held.folder / "checkpoints")
             return None
         if state["source"] != self.source.fingerprint or state["seed"] != self.seed:
             raise CheckpointError(
