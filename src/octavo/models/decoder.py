@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from octavo.errors import UnsupportedError
 from octavo.models.block import Block, BlockConfig
-from octavo.nn.contracts import Aux, Capabilities, Context, Dims, Inputs, Mixer, Outputs
+from octavo.nn.contracts import Aux, Capabilities, Context, Dims, Head, Inputs, Mixer, Outputs
 from octavo.nn.norm import RMSNorm
 from octavo.nn.position import RotaryPositions
 from octavo.nn.projection import Embedding, InitConfig, Projection, initialise
@@ -21,7 +21,7 @@ from octavo.nn.state import ContiguousState, State, StateSpec, place
 from octavo.nn.tables import NORMS, POSITIONS
 from octavo.schema import Config, component, one_of
 
-NEEDS = ("logits", "hidden", "hidden_states", "attention")
+NEEDS = ("logits", "hidden", "hidden_states", "attention", "head")
 
 
 class Decoder(nn.Module):
@@ -29,6 +29,8 @@ class Decoder(nn.Module):
 
     ``pattern`` names blocks and is cycled over ``n_layers``: {local: ..., global: ...} with pattern
     [local, local, global] is a hybrid. vocab_size comes from the tokenizer where a recipe leaves it out.
+    embed_scale multiplies the token embeddings (sqrt(d_model): Vaswani et al. 2017, section 3.4); logit_softcap c
+    keeps logits within (-c, c) by c tanh(logits / c) (Gemma 2: Gemma Team 2024, section 2).
     """
 
     class Config(Config):
@@ -44,6 +46,8 @@ class Decoder(nn.Module):
         final_norm: bool = True
         tie_embeddings: bool = True
         head_bias: bool = False
+        embed_scale: float = Field(default=1.0, gt=0)
+        logit_softcap: float | None = Field(default=None, gt=0, description="bound of the logits, by tanh")
         embed_dropout: float = Field(default=0.0, ge=0, lt=1)
         padding_id: int | None = Field(default=None, ge=0, description="this row of the embedding gets no gradient")
         init: InitConfig = InitConfig()
@@ -64,8 +68,8 @@ class Decoder(nn.Module):
                     )
             if len({width for width in self.head_dims() if width}) > 1 and self.positions.kind == "rope":
                 raise ValueError(f"one rotary table serves one head width, the blocks have {sorted(self.head_dims())}")
-            if self.positions.kind == "rope" and any(width % 2 for width in self.head_dims()):
-                raise ValueError(f"rope turns pairs of channels, head_dim = {sorted(self.head_dims())} is odd")
+            for width in self.head_dims() if self.positions.kind == "rope" else ():
+                self.positions.check(width)
             if self.padding_id is not None and self.vocab_size is not None and self.padding_id >= self.vocab_size:
                 raise ValueError(f"padding_id = {self.padding_id} must be below vocab_size = {self.vocab_size}")
             return self
@@ -125,7 +129,10 @@ class Decoder(nn.Module):
         ctx.record = needs & {"attention"}
         self._check_length(inputs.tokens.shape[1], ctx.positions)
         ctx.rotation = self.positions.rotation(ctx.positions)
-        x = self.positions.embed(self.embed(inputs.tokens), ctx.positions)
+        x = self.embed(inputs.tokens)
+        if self.config.embed_scale != 1:  # rounded to the stream's dtype first, as checkpoints were trained
+            x = x * torch.full((), self.config.embed_scale, dtype=x.dtype, device=x.device)
+        x = self.positions.embed(x, ctx.positions)
         x = F.dropout(x, self.config.embed_dropout, self.training)
         states, aux = [x], {}
         x, aux = self._stack(x, ctx, state, states if "hidden_states" in needs else None)
@@ -135,6 +142,7 @@ class Decoder(nn.Module):
             hidden=hidden if "hidden" in needs else None,
             hidden_states=(*states[:-1], hidden) if "hidden_states" in needs else None,
             attention=tuple(ctx.recorded.get("attention", ())) if "attention" in needs else None,
+            head=self.output_head() if "head" in needs else None,
             aux=aux,
         )
 
@@ -150,15 +158,24 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """The language-model head on normed hidden states (..., D): (..., V)."""
         if self.head is not None:
-            return self.head(hidden)
-        return F.linear(hidden, self.embed.weight, self.head_bias)
+            logits = self.head(hidden)
+        else:
+            logits = F.linear(hidden, self.embed.weight, self.head_bias)
+        cap = self.config.logit_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def output_head(self) -> Head:
+        """The weights behind ``logits``."""
+        if self.head is not None:
+            return Head(self.head.weight, self.head.bias, self.config.logit_softcap)
+        return Head(self.embed.weight, self.head_bias, self.config.logit_softcap)
 
     def _check_length(self, n_new: int, positions: Tensor) -> None:
         limit = self.positions.max_positions
         # A longer row may still fit: padded, or packed with short documents. Only then is the device asked.
         if limit is not None and n_new > limit and (highest := int(positions.max())) >= limit:
             raise UnsupportedError(
-                f"position {highest} is beyond the {limit} trained positions", fix="shorten the text or use rope"
+                f"position {highest} is beyond the {limit} trained positions", fix=self.positions.beyond
             )
 
     def new_state(self, rows: int, max_tokens: int | None = None) -> ContiguousState:

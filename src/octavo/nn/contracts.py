@@ -116,19 +116,32 @@ class Inputs:
     positions: Tensor | None = None
 
 
+class Head(NamedTuple):
+    """How hidden states become logits: ``softcap(hidden weight^T + bias)``, weight (V, D), bias (V,).
+
+    softcap c stands for ``c tanh(logits / c)`` (Gemma Team 2024, section 2).
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+
+
 @dataclass
 class Outputs:
     """What a forward pass was asked for; the rest is None.
 
     logits (B, T, V). hidden (B, T, D): the normed last hidden state. hidden_states: the embedding output,
     the output of layers 1 to n-1, and the normed last, n+1 tensors. attention: one (B, H, T, S) per
-    attention layer. aux: additive figures by name, each a sum over valid tokens.
+    attention layer. head: what makes logits of ``hidden``, for a loss that never holds them all. aux: additive
+    figures by name, each a sum over valid tokens.
     """
 
     logits: Tensor | None = None
     hidden: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attention: tuple[Tensor, ...] | None = None
+    head: Head | None = None
     aux: Aux = field(default_factory=dict)
 
 

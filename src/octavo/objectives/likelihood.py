@@ -11,6 +11,7 @@ from torch import Tensor
 from octavo.batch import Batch
 from octavo.nn.contracts import Outputs, full_precision
 from octavo.objectives.contract import Objective
+from octavo.objectives.head_loss import head_loss
 from octavo.schema import Config
 
 
@@ -18,20 +19,26 @@ class CausalLikelihood(Objective):
     """``-sum log p(target | tokens so far)`` over targets whose mask is not zero.
 
     Targets come shifted with the batch, so nothing is shifted here. z_loss adds ``z * log(Z)^2`` a token,
-    which keeps the normaliser near one (Chowdhery et al. 2022, section 5).
+    which keeps the normaliser near one (Chowdhery et al. 2022, section 5). With ``chunk_tokens`` head and loss
+    are one, and only that many tokens' logits exist at a time (see ``head_loss``).
     """
 
     class Config(Config):
         kind: Literal["causal"] = "causal"
         z_loss: float = Field(default=0.0, ge=0)
+        chunk_tokens: int | None = Field(default=None, ge=1, description="null: all logits at once")
 
     def __init__(self, config: CausalLikelihood.Config | None = None):
         self.config = config or CausalLikelihood.Config()
+        if self.config.chunk_tokens:
+            self.needs = ("hidden", "head")
 
     def weight(self, batch: Batch) -> Tensor:
         return batch.loss_mask.sum()
 
     def loss_sum(self, outputs: Outputs, batch: Batch) -> Tensor:
+        if self.config.chunk_tokens:
+            return self._chunked(outputs, batch, self.config.chunk_tokens)
         logits = outputs.logits
         if logits is None:
             raise ValueError("CausalLikelihood needs the output `logits`")
@@ -42,6 +49,13 @@ class CausalLikelihood(Objective):
         # A mask product would turn an infinite loss on padding into NaN: select instead.
         mask = batch.loss_mask.flatten()
         return (losses * mask).where(mask != 0, losses.new_zeros(())).sum()
+
+    def _chunked(self, outputs: Outputs, batch: Batch, chunk: int) -> Tensor:
+        hidden, head = outputs.hidden, outputs.head
+        if hidden is None or head is None:
+            raise ValueError("CausalLikelihood with chunk_tokens needs the outputs `hidden` and `head`")
+        targets, weights = batch.targets.flatten(), batch.loss_mask.flatten()
+        return head_loss(hidden.flatten(0, 1), head, targets, weights, z_loss=self.config.z_loss, chunk=chunk)
 
 
 OBJECTIVES: dict[str, type[CausalLikelihood]] = {"causal": CausalLikelihood}
