@@ -21,6 +21,7 @@ TOKEN_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "multi-query": {"n_heads": 4, "n_kv_heads": 1, "qkv_bias": True, "o_bias": True, "scale": 0.3},
         "window": {"n_heads": 2, "head_dim": 6, "window": 3},
         "plain": {"n_heads": 4, "n_kv_heads": 2, "backend": "plain", "qk_norm": {"kind": "layernorm"}},
+        "capped": {"n_heads": 4, "n_kv_heads": 2, "qk_norm": "rmsnorm", "qk_norm_over": "all", "softcap": 2.0},
     }
 }
 CHANNEL_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
@@ -31,6 +32,7 @@ POSITION_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "rope": {"half": {}, "interleaved": {"layout": "interleaved"}, "part": {"fraction": 0.5, "theta": 500.0}},
     "sinusoidal": {"interleaved": {}, "half": {"layout": "half"}},
 }
+NORM_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {"rmsnorm": {"plain": {}, "offset": {"offset": True}}}
 LAYOUTS = {
     **{placement: {"norm_placement": placement} for placement in NormPlacement.__args__},
     "parallel": {"topology": "parallel"},
@@ -43,6 +45,7 @@ ENDS = {
     "tied": {},
     "untied": {"tie_embeddings": False, "head_bias": True},
     "tied bias": {"head_bias": True, "final_norm": False},
+    "scaled and capped": {"embed_scale": 4.0, "logit_softcap": 3.0},
 }
 
 
@@ -57,7 +60,7 @@ def variants(table: dict[str, Any], settings: dict[str, dict[str, dict[str, Any]
 AXES: dict[str, dict[str, Any]] = {
     "mixer": variants(TOKEN_MIXERS, TOKEN_SETTINGS),
     "channel": {**variants(CHANNEL_MIXERS, CHANNEL_SETTINGS), "no channel": None},
-    "norm": variants(NORMS, {}),
+    "norm": variants(NORMS, NORM_SETTINGS),
     "layout": LAYOUTS,
     "positions": variants(POSITIONS, POSITION_SETTINGS),
     "ends": ENDS,
@@ -132,6 +135,16 @@ def test_every_activation(activation):
     assert not broken(laws.check(config, ["causal", "gradients", "config", "parameters"]))
 
 
+@pytest.mark.parametrize("original", [16, 8], ids=["short factors", "long factors"])
+def test_longrope_keeps_every_law_on_either_side_of_its_first_length(original):
+    """The choice by the length of a text would break causality and caches; here it is made once."""
+    scaling = {"kind": "longrope", "short": [1.0, 1.5], "long": [2.0, 9.0], "original": original, "extended": 64}
+    block = {"mixer": {"kind": "attention", "n_heads": 4, "n_kv_heads": 2}}
+    config = {"d_model": 16, "n_layers": 2, "vocab_size": 19, "max_seq_len": 16, "blocks": {"block": block},
+              "positions": {"kind": "rope", "scaling": scaling}}  # fmt: skip
+    assert not broken(laws.check(config))
+
+
 @pytest.mark.parametrize("kind", [*TOKEN_MIXERS, *CHANNEL_MIXERS])
 def test_every_mixer_in_every_use(kind):
     settings = {"n_heads": 4} if kind == "attention" else {}
@@ -140,9 +153,11 @@ def test_every_mixer_in_every_use(kind):
 
 
 def test_attention_compiles_without_a_graph_break():
-    block = {"mixer": {"kind": "attention", "n_heads": 4, "n_kv_heads": 2, "window": 5}}
-    config = {"d_model": 16, "n_layers": 2, "vocab_size": 19, "max_seq_len": 16, "blocks": {"block": block}}
-    assert [result.status for result in laws.check(config, ["compilable"])] == ["holds"]
+    capped = {"n_heads": 4, "n_kv_heads": 2, "window": 5, "softcap": 2.0, "qk_norm": "rmsnorm", "qk_norm_over": "all"}
+    for mixer, more in [({"n_heads": 4, "n_kv_heads": 2, "window": 5}, {}), (capped, {"embed_scale": 4.0})]:
+        block = {"mixer": {"kind": "attention", **mixer}}
+        config = {"d_model": 16, "n_layers": 2, "vocab_size": 19, "max_seq_len": 16, "blocks": {"block": block}}
+        assert [result.status for result in laws.check(config | more, ["compilable"])] == ["holds"]
 
 
 def test_an_unknown_law_is_refused():

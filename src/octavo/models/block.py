@@ -20,8 +20,9 @@ NormPlacement = Literal["pre", "branch", "sandwich", "post"]
 class BlockConfig(Config):
     """One block: a token mixer, a channel mixer, and how they sit on the residual stream.
 
-    norm_placement, with f a mixer: ``pre`` x + f(N(x)) (GPT-2, Llama); ``branch`` x + N(f(x)) (OLMo 2);
-    ``sandwich`` x + N(f(N(x))) (CogView, Gemma 2); ``post`` N(x + f(x)), the Transformer of 2017.
+    norm_placement, with f a mixer: ``pre`` x + f(N(x)) (GPT-2, Llama); ``branch`` x + N(f(x)) (OLMo 2: Walsh
+    et al. 2024, equations 1 and 2); ``sandwich`` x + N(f(N(x))) (CogView: Ding et al. 2021; Gemma 2: Gemma Team
+    2024, section 2); ``post`` N(x + f(x)), the Transformer of 2017.
     residual_scale multiplies x in every sum (DeepNorm's alpha, Wang et al. 2022, section 4; 0 removes the
     residual). topology ``parallel`` adds both mixers to the same x (GPT-J), with one norm for both if
     ``shared_norm``.

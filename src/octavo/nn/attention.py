@@ -65,9 +65,11 @@ class Attention(Mixer):
     """``softmax(q k^T / sqrt(K)) v`` per head, heads concatenated, projected back.
 
     n_kv_heads = n_heads is multi-head attention (Vaswani et al. 2017, section 3.2.2), 1 is multi-query
-    (Shazeer 2019), anything between grouped-query (Ainslie et al. 2023). qk_norm normalises each head's
-    queries and keys before the rotation (Qwen3). ``softcap`` c keeps scores within (-c, c) by c tanh(s / c)
-    (Gemma 2: Gemma Team 2024, section 2). ``dropout`` acts on the probabilities, after the softmax.
+    (Shazeer 2019), anything between grouped-query (Ainslie et al. 2023). qk_norm normalises queries and keys
+    before the rotation (Dehghani et al. 2023, section 2): each head's own (Qwen3), or with qk_norm_over
+    ``all`` heads' channels as one vector (OLMo 2: Walsh et al. 2024). ``softcap`` c keeps scores within
+    (-c, c) by c tanh(s / c) (Gemma 2: Gemma Team 2024, section 2). ``dropout`` acts on the probabilities, after
+    the softmax.
     """
 
     capabilities = Capabilities()
@@ -81,6 +83,7 @@ class Attention(Mixer):
         qkv_bias: bool = False
         o_bias: bool = False
         qk_norm: one_of(HEAD_NORMS) | None = None  # type: ignore[valid-type]
+        qk_norm_over: Literal["head", "all"] = "head"
         scale: float | None = Field(default=None, gt=0, description="default: head_dim ** -0.5")
         softcap: float | None = Field(default=None, gt=0, description="bound of the scores, by tanh")
         dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -106,8 +109,9 @@ class Attention(Mixer):
         self.v = Projection(D, G * K, "v", bias=config.qkv_bias)
         self.o = Projection(H * K, D, "o", bias=config.o_bias)
         make = component(HEAD_NORMS, config.qk_norm.kind) if config.qk_norm else None
-        self.q_norm: Norm | None = make(config.qk_norm, K) if make else None
-        self.k_norm: Norm | None = make(config.qk_norm, K) if make else None
+        together = config.qk_norm_over == "all"
+        self.q_norm: Norm | None = make(config.qk_norm, H * K if together else K) if make else None
+        self.k_norm: Norm | None = make(config.qk_norm, G * K if together else K) if make else None
         self.reader: Reader = WindowReader(config.window) if config.window else FullReader()
         self.attend: Attend = ATTENDS[config.backend]
 
@@ -120,7 +124,8 @@ class Attention(Mixer):
         k = self.k(x).view(B, T, self.n_kv_heads, self.head_dim)
         v = self.v(x).view(B, T, self.n_kv_heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            start = 2 if self.config.qk_norm_over == "all" else 3
+            q, k = self.q_norm(q.flatten(start)).view_as(q), self.k_norm(k.flatten(start)).view_as(k)
         if ctx.rotation is not None:
             q, k = ctx.rotation(q), ctx.rotation(k)
         keys, k, v = self.reader.gather(k, v, ctx, state)

@@ -60,27 +60,34 @@ class RMSNorm(Norm):
     """``x / sqrt(mean(x^2) + eps) * w``: float32 inside, cast back, then scaled.
 
     The cast comes before the scale, as in the Llama and Qwen checkpoints, so that 16-bit outputs round
-    alike. Source: Zhang and Sennrich 2019, equation 4.
+    alike. With ``offset`` the scale is ``1 + w``, and w starts at zero, so that weight decay pulls towards
+    no scale; there the cast comes last, as in the Gemma checkpoints (Gemma Team 2024). Source: Zhang and
+    Sennrich 2019, equation 4.
     """
 
     class Config(Config):
         kind: Literal["rmsnorm"] = "rmsnorm"
         eps: float = Field(default=1e-6, ge=0)
+        offset: bool = Field(default=False, description="scale by 1 + w")
 
     def __init__(self, config: RMSNorm.Config, d: int):
         super().__init__()
-        self.d, self.eps = d, config.eps
-        self.weight = nn.Parameter(torch.ones(d))
+        self.d, self.eps, self.offset = d, config.eps, config.offset
+        self.weight = nn.Parameter(torch.empty(d))
+        self.reset()
 
     def reset(self) -> None:
-        nn.init.ones_(self.weight)
+        nn.init.constant_(self.weight, 0.0 if self.offset else 1.0)
 
     def predicted_parameters(self) -> int:
         return self.d
 
     def forward(self, x: Tensor) -> Tensor:
         wide = full_precision(x)
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        if self.offset:
+            return (unit * (1 + full_precision(self.weight))).to(x.dtype)
+        return self.weight * unit.to(x.dtype)
 
 
 class NoNorm(Norm):

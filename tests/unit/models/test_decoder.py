@@ -129,6 +129,41 @@ def test_logits_are_as_wide_as_the_vocabulary_and_softmax_to_one(tied):
     torch.testing.assert_close(out.softmax(-1).sum(-1), torch.ones(2, 6).double())
 
 
+@pytest.mark.rows("F7")
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_capped_logits_are_bent_after_the_head_and_the_bound_holds(tied):
+    shape = {"tie_embeddings": tied, "head_bias": True}
+    free, capped = model(**shape), model(**shape, logit_softcap=0.5)
+    capped.load_state_dict(free.state_dict())
+    wanted = free(Inputs(some_tokens())).logits
+    got = capped(Inputs(some_tokens()), needs=("logits", "hidden"))
+    torch.testing.assert_close(got.logits, 0.5 * torch.tanh(wanted / 0.5), rtol=0, atol=1e-12)
+    assert float(wanted.abs().max()) > 0.5 > float(got.logits.abs().max())
+    assert torch.equal(got.logits, capped.logits(got.hidden))
+
+
+@torch.no_grad()
+def test_the_embedding_scale_acts_on_tokens_before_positions_and_not_on_the_head():
+    scaled = model(embed_scale=4.0, positions="learned")
+    plain = model(positions="learned")
+    plain.load_state_dict(scaled.state_dict())
+    tokens = some_tokens()
+    first = scaled(Inputs(tokens), needs=("hidden_states",)).hidden_states[0]
+    wanted = 4 * scaled.embed.weight[tokens] + scaled.positions.table.weight[:6]
+    torch.testing.assert_close(first, wanted, rtol=0, atol=1e-12)
+    hidden = torch.randn(3, 16, dtype=torch.float64)
+    assert torch.equal(scaled.logits(hidden), plain.logits(hidden))
+
+
+def test_the_embedding_scale_is_rounded_like_the_stream():
+    """Gemma was trained with sqrt(3072) = 55.43 rounded to 55.5 in bf16."""
+    built = model(embed_scale=3072**0.5).bfloat16()
+    tokens = some_tokens()
+    first = built(Inputs(tokens), needs=("hidden_states",)).hidden_states[0]
+    assert torch.equal(first, built.embed.weight[tokens] * 55.5)
+
+
 @pytest.mark.rows("X4")
 def test_hidden_states_are_the_embedding_the_layers_and_the_normed_last():
     deep, tokens = model(), some_tokens()
@@ -173,18 +208,27 @@ def test_capabilities_are_what_all_mixers_promise():
     assert not model().capabilities.constant_state
 
 
+LONGROPE = {"kind": "longrope", "short": [1.0] * 4, "long": [2.0] * 4, "original": 16, "extended": 64}
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"d_model": 15}, "must divide d_model = 15"),
         ({"pattern": ("other",)}, "unknown blocks"),
         ({"blocks": {}}, "at least one block"),
-        ({"d_model": 6, "block": {"mixer": {"kind": "attention", "n_heads": 2}}}, r"head_dim = \[3\] is odd"),
+        ({"d_model": 6, "block": {"mixer": {"kind": "attention", "n_heads": 2}}}, "head_dim = 3 is odd"),
         ({"padding_id": 19}, "must be below vocab_size = 19"),
         ({"block": {"topology": "parallel", "norm_placement": "post"}}, "one sum"),
         ({"block": {"shared_norm": True}}, "needs topology parallel"),
         ({"block": {"mixer": {"kind": "attention", "heads": 2}}}, "heads"),
         ({"positions": "alibi"}, "alibi"),
+        ({"embed_scale": 0}, "embed_scale"),
+        ({"logit_softcap": 0}, "logit_softcap"),
+        ({"positions": {"kind": "rope", "scaling": LONGROPE | {"short": [1.0]}}}, "short has 1 factors for 4 pairs"),
+        ({"positions": {"kind": "rope", "fraction": 0.5, "scaling": LONGROPE}}, "short has 4 factors for 2 pairs"),
+        ({"positions": {"kind": "rope", "scaling": LONGROPE | {"long": [1, 1, 0, 1]}}}, "must be positive"),
+        ({"positions": {"kind": "rope", "scaling": "ntk"}}, "scaling"),
     ],
     ids=str,
 )

@@ -106,6 +106,31 @@ def test_layer_norm_by_hand():
     assert torch.equal(NoNorm(NoNorm.Config(), 4)(x), x)
 
 
+@pytest.mark.rows("F4")
+def test_an_offset_norm_scales_by_one_plus_its_weight_and_starts_at_zero():
+    x, norm = torch.randn(3, 4), RMSNorm(RMSNorm.Config(offset=True), 4)
+    plain = RMSNorm(RMSNorm.Config(), 4)
+    assert torch.equal(norm.weight, torch.zeros(4))
+    torch.testing.assert_close(norm(x), plain(x), rtol=0, atol=0)
+    norm.weight.data = torch.tensor([0.5, -1.0, 2.0, 0.0])
+    plain.weight.data = 1 + norm.weight.data
+    torch.testing.assert_close(norm(x), plain(x), rtol=0, atol=1e-7)
+    norm.reset()
+    plain.reset()
+    assert torch.equal(1 + norm.weight, plain.weight)
+
+
+@pytest.mark.rows("F4")
+def test_an_offset_norm_rounds_once_at_the_end():
+    """In bf16, 1 + w and x * (1 + w) are not rounded on the way: w = 1/512 would vanish in 1 + w."""
+    x = torch.randn(5, 64).bfloat16()
+    norm = RMSNorm(RMSNorm.Config(offset=True), 64).bfloat16()
+    norm.weight.data.fill_(1 / 512)
+    wide = x.double()
+    exact = wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (1 + 1 / 512)
+    torch.testing.assert_close(norm(x), exact.bfloat16(), rtol=0, atol=0)
+
+
 def test_reductions_are_done_in_full_precision():
     """In bf16 a mean of squares over 4096 channels would stop growing; the norm must not see that."""
     x = torch.full((1, 4096), 3.0, dtype=torch.bfloat16)

@@ -156,6 +156,43 @@ def test_frequencies_stay_exact_when_the_model_is_cast():
     assert torch.equal(scheme.frequencies, before)
 
 
+def test_a_model_built_without_weights_has_its_frequencies():
+    config = model({"kind": "rope"}).config
+    assert torch.equal(build(config, device="meta").positions.frequencies, build(config).positions.frequencies)
+
+
+# ---------------------------------------------------------------------------------------------- longrope
+
+LONG = {"kind": "longrope", "short": [1.0, 2.0, 1.0, 4.0], "long": [2.0, 3.0, 5.0, 7.0], "original": 8, "extended": 64}
+
+
+def test_longrope_divides_each_frequency_and_scales_the_tables():
+    plain = model({"kind": "rope"}, 8).positions
+    short, long = (model({"kind": "rope", "scaling": LONG}, n).positions for n in (8, 9))
+    torch.testing.assert_close(short.frequencies, plain.frequencies / torch.tensor(LONG["short"]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(long.frequencies, plain.frequencies / torch.tensor(LONG["long"]), rtol=1e-6, atol=0)
+    magnitude = math.sqrt(1 + math.log(8) / math.log(8))  # sqrt(1 + ln(64 / 8) / ln(8))
+    x, at = torch.zeros(1, 1, 1, 8), torch.tensor([[0]])
+    x[..., 0] = 1
+    for scheme in (short, long):
+        assert float(scheme.rotation(at)(x)[0, 0, 0, 0]) == pytest.approx(magnitude)
+    told = model({"kind": "rope", "scaling": LONG | {"magnitude": 1.25}}).positions
+    assert float(told.rotation(at)(x)[0, 0, 0, 0]) == pytest.approx(1.25)
+    shrunk = model({"kind": "rope", "scaling": LONG | {"extended": 4}}).positions
+    assert float(shrunk.rotation(at)(x)[0, 0, 0, 0]) == 1.0
+
+
+def test_the_short_factors_end_where_the_long_ones_are_meant():
+    short, long = (model({"kind": "rope", "scaling": LONG}, n) for n in (8, 64))
+    nine = torch.zeros(1, 9, dtype=torch.long)
+    with pytest.raises(UnsupportedError, match=r"position 8 is beyond the 8 .* max_seq_len above 8"):
+        short(Inputs(nine))
+    with pytest.raises(UnsupportedError, match="8 trained positions"):
+        short.new_state(1, 9)
+    assert long(Inputs(nine)).logits.shape == (1, 9, 19)
+    assert long.new_state(1, 100).max_tokens == 100
+
+
 # ----------------------------------------------------------------------------------------------- learned
 
 
