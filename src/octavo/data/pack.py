@@ -12,7 +12,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -63,6 +63,25 @@ class PackReport:
         return out
 
 
+class Piece(NamedTuple):
+    """Where a document or sample, or a part of it, lies in a row.
+
+    Args:
+        start, slots: the first slot and how many.
+        tokens: ``slots``, or one more where the last token is only a target.
+        number: of the document in the shards, or of the sample as given.
+        offset: which of its tokens is in the first slot.
+        length: all its tokens, of a sample those that were given.
+    """
+
+    start: int
+    slots: int
+    tokens: int
+    number: int
+    offset: int
+    length: int
+
+
 class Packed(ABC):
     """Rows of ``seq_len`` slots: ``n_rows`` in every epoch."""
 
@@ -73,6 +92,10 @@ class Packed(ABC):
     @abstractmethod
     def rows(self, epoch: int, index: Array) -> Batch:
         """The rows of that number in that epoch: arrays (len(index), seq_len) by the names in ``FIELDS``."""
+
+    @abstractmethod
+    def pieces(self, epoch: int, number: int) -> list[Piece]:
+        """What lies in a row, in order."""
 
     @abstractmethod
     def report(self) -> PackReport:
@@ -128,22 +151,14 @@ class StreamRows(Packed):
         return found
 
     def rows(self, epoch: int, index: Array) -> Batch:
-        order, starts = self._order(epoch)
         tokens, ids, positions = _empty(len(index), self.seq_len + 1, self.pad)
         for row, number in enumerate(index):
-            begin = int(number) * self.seq_len
-            end = min(begin + self.seq_len + 1, self.n_tokens)
-            at, document, local = begin, int(np.searchsorted(starts, begin, side="right")) - 1, 0
-            while at < end:
-                stop = min(int(starts[document + 1]), end)
-                if stop > at:
-                    source = int(self.shards.offsets[order[document]]) + at - int(starts[document])
-                    here = slice(at - begin, stop - begin)
-                    tokens[row, here] = self.shards.stream(source, source + stop - at)
-                    ids[row, here] = local
-                    positions[row, here] = np.arange(stop - at)
-                    local += 1
-                at, document = stop, document + 1
+            for local, piece in enumerate(self.pieces(epoch, int(number))):
+                here = slice(piece.start, piece.start + piece.tokens)
+                source = int(self.shards.offsets[piece.number]) + piece.offset
+                tokens[row, here] = self.shards.stream(source, source + piece.tokens)
+                ids[row, here] = local
+                positions[row, here] = np.arange(piece.tokens)
         same = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)
         return {
             "tokens": tokens[:, :-1],
@@ -153,6 +168,20 @@ class StreamRows(Packed):
             "positions": positions[:, :-1],
             "valid": ids[:, :-1] >= 0,
         }
+
+    def pieces(self, epoch: int, number: int) -> list[Piece]:
+        order, starts = self._order(epoch)
+        begin = number * self.seq_len
+        end = min(begin + self.seq_len + 1, self.n_tokens)
+        at, place, found = begin, int(np.searchsorted(starts, begin, side="right")) - 1, list[Piece]()
+        while at < end:
+            first, last = int(starts[place]), int(starts[place + 1])
+            stop = min(last, end)
+            if stop > at:
+                slots = min(stop, begin + self.seq_len) - at
+                found.append(Piece(at - begin, slots, stop - at, int(order[place]), at - first, last - first))
+            at, place = stop, place + 1
+        return found
 
     def report(self) -> PackReport:
         slots = self.n_rows * self.seq_len
@@ -180,6 +209,7 @@ class WholeRows(Packed):
         tokens: list[Array] = []
         masks: list[Array] = []
         self._samples = self._truncated = self._dropped = 0
+        self._given: list[tuple[int, int]] = []  # number and length of each that is kept
         digest = hashlib.sha256(f"whole {seq_len} {pad}".encode())
         for ids, mask in samples:
             if len(ids) != len(mask):
@@ -191,6 +221,7 @@ class WholeRows(Packed):
             if not learnt[1:].any():
                 self._dropped += 1
                 continue
+            self._given.append((self._samples - 1, len(ids)))
             tokens.append(kept)
             masks.append(learnt)
             digest.update(len(kept).to_bytes(8, "little") + kept.tobytes() + learnt.tobytes())
@@ -228,6 +259,15 @@ class WholeRows(Packed):
             "positions": positions,
             "valid": ids >= 0,
         }
+
+    def pieces(self, epoch: int, number: int) -> list[Piece]:
+        at, found = 0, list[Piece]()
+        for sample in self._rows[number]:
+            tokens = int(self._offsets[sample + 1] - self._offsets[sample])
+            given, length = self._given[sample]
+            found.append(Piece(at, tokens - 1, tokens, given, 0, length))
+            at += tokens - 1
+        return found
 
     def report(self) -> PackReport:
         slots = self.n_rows * self.seq_len

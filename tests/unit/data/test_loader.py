@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from octavo.data.loader import Loader, Schedule, pretraining_loader, sweep
-from octavo.data.pack import FIELDS, Packed, PackReport
+from octavo.data.pack import FIELDS, Packed, PackReport, Piece
 from octavo.data.permutation import permute
 from octavo.errors import ConfigError
 
@@ -19,6 +19,9 @@ class Numbered(Packed):
     def rows(self, epoch, index):
         tokens = np.stack([np.full(len(index), self.name), np.full(len(index), epoch), index], axis=1)
         return dict.fromkeys(FIELDS, tokens)
+
+    def pieces(self, epoch, number):
+        return [Piece(0, 3, 3, number, 0, 3)]
 
     def report(self):
         return PackReport(self.n_rows, 3 * self.n_rows, 3 * self.n_rows, 0.0, self.n_rows)
