@@ -59,30 +59,31 @@ def _forward(
         part = slice(int(ids[0]), int(ids[-1]) + 1) if everything else ids
         x, mass = hidden[part], weights[part].to(wide)
         logits = torch.mm(x, weight.T) if bias is None else torch.addmm(bias, x, weight.T)
-        logits = logits.to(wide)  # a buffer of our own: changed in place from here on
+        logits = logits.to(wide)
         if softcap:
             logits.div_(softcap).tanh_().mul_(softcap)
-        lse = logits.logsumexp(-1)
         aim = targets[part, None]
-        loss += ((lse - logits.gather(-1, aim).squeeze(-1) + z_loss * lse.square()) * mass).sum()
+        aimed, top = logits.gather(-1, aim).squeeze(-1), logits.amax(-1)
+        slope = 1 - (logits / softcap).square() if softcap and gradients else None
+        grad = logits.softmax(-1)
+        lse = top - grad.amax(-1).log()  # the largest probability is at least 1 / V: its log is exact enough
+        loss += ((lse - aimed + z_loss * lse.square()) * mass).sum()
         if not gradients:
             continue
-        slope = (1 - (logits / softcap).square()) if softcap else None
-        grad = logits.sub_(lse[:, None]).exp_()
         if z_loss:
             grad.mul_(1 + 2 * z_loss * lse[:, None])
         grad.scatter_add_(-1, aim, grad.new_full((1, 1), -1.0).expand(aim.shape))
-        grad.mul_(mass[:, None])
         if slope is not None:
             grad.mul_(slope)
-        narrow = grad.to(weight.dtype)
-        for_hidden[part] = torch.mm(narrow, weight)
+        # The weights go to the narrow side of each product: D columns, not V.
+        narrow, x = grad.to(weight.dtype), x * mass[:, None].to(x.dtype)
+        for_hidden[part] = torch.mm(narrow, weight) * mass[:, None].to(x.dtype)
         if narrow.dtype == wide:
             for_weight.addmm_(narrow.T, x)
         else:
             for_weight += torch.mm(narrow.T, x)
         if bias is not None:
-            for_bias += grad.sum(0)
+            for_bias += mass @ grad
     return loss, for_hidden, for_weight.to(weight.dtype), for_bias.to(weight.dtype)
 
 
