@@ -59,6 +59,6 @@ def predicted_parameters(model: Decoder) -> int:
     for block in model.stack():
         per_layer = 2 if block.config.norm_placement == "sandwich" else 1
         total += norm * (1 if block.config.shared_norm else per_layer * len(block.layers))
-    total += norm if config.final_norm else 0
+    total += norm * (config.final_norm + config.embed_norm)
     total += 0 if config.tie_embeddings else V * D
     return total + (V if config.head_bias else 0)

@@ -29,8 +29,9 @@ class Decoder(nn.Module):
 
     ``pattern`` names blocks and is cycled over ``n_layers``: {local: ..., global: ...} with pattern
     [local, local, global] is a hybrid. vocab_size comes from the tokenizer where a recipe leaves it out.
-    embed_scale multiplies the token embeddings (sqrt(d_model): Vaswani et al. 2017, section 3.4); logit_softcap c
-    keeps logits within (-c, c) by c tanh(logits / c) (Gemma 2: Gemma Team 2024, section 2).
+    embed_scale multiplies the token embeddings (sqrt(d_model): Vaswani et al. 2017, section 3.4), embed_norm
+    normalises them (BLOOM: Le Scao et al. 2022, section 3.2.3; nanochat); logit_softcap c keeps logits within (-c, c)
+    by c tanh(logits / c) (Gemma 2: Gemma Team 2024, section 2).
     """
 
     class Config(Config):
@@ -47,6 +48,7 @@ class Decoder(nn.Module):
         tie_embeddings: bool = True
         head_bias: bool = False
         embed_scale: float = Field(default=1.0, gt=0)
+        embed_norm: bool = False
         logit_softcap: float | None = Field(default=None, gt=0, description="bound of the logits, by tanh")
         embed_dropout: float = Field(default=0.0, ge=0, lt=1)
         padding_id: int | None = Field(default=None, ge=0, description="this row of the embedding gets no gradient")
@@ -97,7 +99,9 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(
             Block(config.blocks[name], config.norm, d) for name, d in zip(config.layer_names(), dims, strict=True)
         )
-        self.norm = component(NORMS, config.norm.kind)(config.norm, D) if config.final_norm else nn.Identity()
+        norm = component(NORMS, config.norm.kind)
+        self.embed_norm = norm(config.norm, D) if config.embed_norm else None
+        self.norm = norm(config.norm, D) if config.final_norm else nn.Identity()
         self.head = None if config.tie_embeddings else Projection(D, V, "head", bias=config.head_bias)
         self.head_bias = nn.Parameter(torch.zeros(V)) if config.tie_embeddings and config.head_bias else None
         named = [(f"{type(mixer).__name__} ({name})", mixer.capabilities) for name, mixer in self.mixers().items()]
@@ -132,6 +136,7 @@ class Decoder(nn.Module):
         x = self.embed(inputs.tokens)
         if self.config.embed_scale != 1:  # rounded to the stream's dtype first, as checkpoints were trained
             x = x * torch.full((), self.config.embed_scale, dtype=x.dtype, device=x.device)
+        x = self.embed_norm(x) if self.embed_norm is not None else x
         x = self.positions.embed(x, ctx.positions)
         x = F.dropout(x, self.config.embed_dropout, self.training)
         states, aux = [x], {}

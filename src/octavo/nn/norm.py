@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from octavo.nn.contracts import full_precision
@@ -61,30 +61,40 @@ class RMSNorm(Norm):
 
     The cast comes before the scale, as in the Llama and Qwen checkpoints, so that 16-bit outputs round
     alike. With ``offset`` the scale is ``1 + w``, and w starts at zero, so that weight decay pulls towards
-    no scale; there the cast comes last, as in the Gemma checkpoints (Gemma Team 2024). Source: Zhang and
-    Sennrich 2019, equation 4.
+    no scale; there the cast comes last, as in the Gemma checkpoints (Gemma Team 2024). Without ``weight``
+    nothing is scaled (nanochat). Source: Zhang and Sennrich 2019, equation 4.
     """
 
     class Config(Config):
         kind: Literal["rmsnorm"] = "rmsnorm"
         eps: float = Field(default=1e-6, ge=0)
         offset: bool = Field(default=False, description="scale by 1 + w")
+        weight: bool = Field(default=True, description="false: no scale")
+
+        @model_validator(mode="after")
+        def _one_scale(self) -> RMSNorm.Config:
+            if self.offset and not self.weight:
+                raise ValueError("offset scales by 1 + w, and there is no w without weight")
+            return self
 
     def __init__(self, config: RMSNorm.Config, d: int):
         super().__init__()
         self.d, self.eps, self.offset = d, config.eps, config.offset
-        self.weight = nn.Parameter(torch.empty(d))
+        self.weight = nn.Parameter(torch.empty(d)) if config.weight else None
         self.reset()
 
     def reset(self) -> None:
-        nn.init.constant_(self.weight, 0.0 if self.offset else 1.0)
+        if self.weight is not None:
+            nn.init.constant_(self.weight, 0.0 if self.offset else 1.0)
 
     def predicted_parameters(self) -> int:
-        return self.d
+        return 0 if self.weight is None else self.d
 
     def forward(self, x: Tensor) -> Tensor:
         wide = full_precision(x)
         unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        if self.weight is None:
+            return unit.to(x.dtype)
         if self.offset:
             return (unit * (1 + full_precision(self.weight))).to(x.dtype)
         return self.weight * unit.to(x.dtype)

@@ -194,7 +194,7 @@ class RotaryPositions(Positions):
     ``layout`` says which channels form a pair: ``half`` pairs i with i + K/2 (Llama, Qwen), ``interleaved``
     pairs 2i with 2i + 1 (the paper, GPT-J). They differ by a fixed permutation of the q and k rows.
     ``fraction`` of the head width is turned (GPT-NeoX: Black et al. 2022, section 2.1.1). ``scaling`` changes
-    the frequencies for longer texts. Source: Su et al. 2021, section 3.2.
+    the frequencies for longer texts. ``reverse`` turns the other way (nanochat). Source: Su et al. 2021, section 3.2.
     """
 
     class Config(Config):
@@ -202,6 +202,7 @@ class RotaryPositions(Positions):
         theta: float = Field(default=10000.0, gt=1)
         layout: RotaryLayout = "half"
         fraction: float = Field(default=1.0, gt=0, le=1)
+        reverse: bool = Field(default=False, description="turn clockwise")
         scaling: one_of(ROPE_SCALINGS) | None = None  # type: ignore[valid-type]
 
         def check(self, head_dim: int) -> None:
@@ -239,4 +240,5 @@ class RotaryPositions(Positions):
         cos, sin = angles.cos(), angles.sin()
         if self.scaling is not None:
             cos, sin = cos * self.scaling.magnitude, sin * self.scaling.magnitude
+        sin = -sin if self.config.reverse else sin
         return Rotation(cos, sin, self.config.layout)

@@ -144,6 +144,17 @@ def test_capped_logits_are_bent_after_the_head_and_the_bound_holds(tied):
 
 
 @torch.no_grad()
+def test_the_embedding_norm_acts_before_the_first_block_and_is_counted():
+    from octavo.models.cost import predicted_parameters
+
+    built = model(embed_norm=True)
+    first = built(Inputs(some_tokens()), needs=("hidden_states",)).hidden_states[0]
+    assert torch.equal(first, built.embed_norm(built.embed(some_tokens())))
+    assert predicted_parameters(built) == sum(p.numel() for p in built.parameters())
+    assert predicted_parameters(built) == predicted_parameters(model()) + 16
+
+
+@torch.no_grad()
 def test_the_embedding_scale_acts_on_tokens_before_positions_and_not_on_the_head():
     scaled = model(embed_scale=4.0, positions="learned")
     plain = model(positions="learned")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 
 from octavo.models.decoder import Decoder, build
 from octavo.nn.contracts import Inputs
@@ -157,3 +158,13 @@ def test_weights_start_by_role():
     assert (model[3].weight == 1).all()
     initialise(model, InitConfig(std=0.5, scale_residual=False), n_layers=8)
     assert float(model[1].weight.std()) == pytest.approx(0.5, rel=0.02)
+
+
+def test_a_norm_without_weight_scales_nothing():
+    x, norm = torch.randn(3, 8), RMSNorm(RMSNorm.Config(weight=False, eps=0), 8)
+    assert not list(norm.parameters()) and norm.predicted_parameters() == 0
+    assert torch.allclose(norm(x).square().mean(-1), torch.ones(3))
+    assert torch.equal(norm(x), RMSNorm(RMSNorm.Config(eps=0), 8)(x))
+    assert norm(x.bfloat16()).dtype == torch.bfloat16
+    with pytest.raises(ValidationError, match="no w without weight"):
+        RMSNorm.Config(weight=False, offset=True)

@@ -223,3 +223,11 @@ def test_learned_positions_are_a_sum_of_two_tables():
     learned, tokens = model({"kind": "learned"}), torch.randint(19, (2, 5))
     first = learned(Inputs(tokens), needs=("hidden_states",)).hidden_states[0]
     assert torch.equal(first, learned.embed.weight[tokens] + learned.positions.table.weight[:5])
+
+
+def test_a_reversed_rotation_turns_back_and_gives_what_swapped_halves_give():
+    x, positions = random(2, 5, 3, 8), torch.arange(5).expand(2, 5)
+    there = turn(positions, x)
+    torch.testing.assert_close(turn(positions, there, reverse=True), x, rtol=0, atol=1e-6)
+    swap = lambda y: torch.cat([y[..., 4:], y[..., :4]], -1)  # noqa: E731
+    assert torch.equal(turn(positions, x, reverse=True), swap(turn(positions, swap(x))))
