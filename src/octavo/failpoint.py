@@ -41,7 +41,7 @@ NAMES = (
 ACTIONS = ("kill", "raise", "eio", "enospc")
 
 _armed: dict[tuple[str, int], str] = {}
-_reached: dict[str, int] = {}
+reached: dict[str, int] = {}  # how often each was, while anything is armed
 
 
 def failpoint(name: str) -> None:
@@ -69,11 +69,11 @@ def arm(text: str) -> None:
         armed[name, int(nth)] = action
     _armed.clear()
     _armed.update(armed)
-    _reached.clear()
+    reached.clear()
 
 
 def _strike(name: str) -> None:
-    _reached[name] = nth = _reached.get(name, 0) + 1
+    reached[name] = nth = reached.get(name, 0) + 1
     action = _armed.get((name, nth))
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -39,7 +39,7 @@ __all__ = ["Checkpoint", "load", "newest", "recover", "remove_all", "save", "ver
 
 SPARE_FRACTION = 0.1
 BLOCK_BYTES = 4096  # what the smallest file takes on most file systems
-ASIDE_NAME = re.compile(r"(step-\d{8,})\.tmp-[\w-]+")
+ASIDE_NAME = re.compile(r"step-(\d{8,})\.tmp-[\w-]+")
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,10 @@ def save(
     # What cannot be removed is no reason to call a saved step unsaved.
     with contextlib.suppress(OSError):
         failpoint("rotate.begin")
-        if replaced:
-            _remove(replaced)
+        # Also what an earlier save of this process could not remove; of other processes only a start clears.
+        for pattern in ("drop.tmp-*", f"{name}.tmp-replaced-*", f"*.tmp-{run_id}"):
+            for path in folder.glob(pattern):
+                _remove(path)
         _rotate(folder, step, keep)
     return final
 
@@ -270,7 +272,9 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[st
         files = (listed := manifest.read(path))["files"]
     except CheckpointError as error:
         raise CheckpointError(f"{path}/{error.what}", fix=fix) from None
-    if problems := [f"{found.name}: {found.problem}" for found in manifest.compare_sizes(path, listed) if found.problem]:
+    if problems := [
+        f"{found.name}: {found.problem}" for found in manifest.compare_sizes(path, listed) if found.problem
+    ]:
         raise CheckpointError(f"{path}/{'; '.join(problems)}", fix=fix)
     tensors: dict[str, torch.Tensor] = {}
     state: dict[str, Any] = {}
@@ -309,19 +313,20 @@ def newest(folder: str | os.PathLike[str]) -> Checkpoint | None:
     steps: list[tuple[int, Path]] = []
     failures: list[tuple[int, Path, str]] = []
     for _ in range(10):  # a training that is under way may remove what was just listed
-        steps = _steps(folder)
+        # While the only step is being replaced by another of its number, both lie aside for a moment.
+        steps = _steps(folder) or _steps(folder, ASIDE_NAME)
         failures = []
         for step, path in steps:
             problems = verify(path)
             if not problems:
                 return _chosen(path, step, failures)
             failures.append((step, path, "; ".join(problems)))
-        if _steps(folder) == steps:
+        if steps == (_steps(folder) or _steps(folder, ASIDE_NAME)):
             break
     others = sorted(entry.name for entry in folder.iterdir() if ".tmp-" not in entry.name and entry.name[0] != ".")
     if not others:
         return None
-    if not steps:
+    if not failures:
         refuse_foreign(folder)
     found = [f"{path.name}/{problem}" for _, path, problem in failures] or [f"it holds {', '.join(others)}"]
     raise CheckpointError(
@@ -367,7 +372,7 @@ def _clear_leftovers(folder: Path) -> None:
     for entry in sorted(folder.glob("*.tmp-*")):
         failpoint("recover.leftover")
         match = ASIDE_NAME.fullmatch(entry.name)
-        final = folder / match[1] if match else entry
+        final = folder / f"step-{match[1]}" if match else entry
         if match is None or verify(entry) or (final.exists() and not verify(final)):
             _remove(entry)
             continue
@@ -381,9 +386,9 @@ def _clear_leftovers(folder: Path) -> None:
         fsync_path(folder)
 
 
-def _steps(folder: Path) -> list[tuple[int, Path]]:
+def _steps(folder: Path, pattern: re.Pattern[str] = STEP_NAME) -> list[tuple[int, Path]]:
     """Every entry named like a step, the latest first, sound or not."""
     if not folder.is_dir():
         return []
-    matches = [(STEP_NAME.fullmatch(entry.name), entry) for entry in folder.iterdir()]
+    matches = [(pattern.fullmatch(entry.name), entry) for entry in folder.iterdir()]
     return sorted(((int(match[1]), entry) for match, entry in matches if match), reverse=True)

@@ -53,8 +53,9 @@ def build(step: int, run_id: str, files: Mapping[str, tuple[int, str]]) -> bytes
         "run_id": run_id,
         "files": {name: {"size": size, "sha256": sha256} for name, (size, sha256) in sorted(files.items())},
     }
-    body["sha256"] = hashlib.sha256(json.dumps(body, indent=1).encode()).hexdigest()
-    return json.dumps(body, indent=1).encode() + b"\n"
+    text = json.dumps(body, indent=1)
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    return f'{text[:-2]},\n "sha256": "{sha256}"\n}}\n'.encode()
 
 
 def read(path: Path) -> dict[str, Any]:
