@@ -53,7 +53,7 @@ def test_the_kinds_listed_are_the_kinds_there_are():
     from octavo.nn import tables
     from octavo.objectives.likelihood import OBJECTIVES
     from octavo.tokenizer.config import CONFIGS
-    from octavo.training.optim import OPTIMIZERS
+    from octavo.training.optimizers import OPTIMIZERS
     from octavo.training.schedule import SCHEDULES
 
     there = {

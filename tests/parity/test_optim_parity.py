@@ -14,7 +14,8 @@ from octavo.laws.subject import randomise
 from octavo.models.decoder import Decoder, build
 from octavo.nn.contracts import Outputs
 from octavo.objectives.likelihood import CausalLikelihood
-from octavo.training.optim import OPTIMIZERS, role_of
+from octavo.training.optim import role_of
+from octavo.training.optimizers import OPTIMIZERS
 from octavo.training.schedule import SCHEDULES
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -38,7 +39,17 @@ class OptimizerConfig(Config):
     lr_scale: dict[str, float] = Field(default={}, description="a factor of lr by role")
 
 
-class _Group:
+class WeightAverage(Config):
+    """A running mean of the weights, which is what is validated, sampled from and saved in the end.
+
+    ``average += (1 - d) (weights - average)`` after each update, with d = min(decay, (1 + n) / (10 + n)) at
+    update n, so that the beginning is soon forgotten (Polyak and Juditsky 1992, in its exponential form).
+    """
+
+    decay: float = Field(default=0.999, gt=0, lt=1)
+
+
+class Group:
     """Parameters that share a rule, a decay and a rate, as views of flat buffers."""
 
     def __init__(
@@ -71,8 +82,14 @@ class Optimizer(ABC):
 
     moments: tuple[str, ...] = ()
 
-    def __init__(self, config: OptimizerConfig, model: nn.Module, dtype: torch.dtype = torch.float32):
-        self.config = config
+    def __init__(
+        self,
+        config: OptimizerConfig,
+        model: nn.Module,
+        dtype: torch.dtype = torch.float32,
+        average: WeightAverage | None = None,
+    ):
+        self.config, self.average = config, average
         roles = role_of(model)
         members: dict[tuple[str, float, float], list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in model.named_parameters():
@@ -81,8 +98,9 @@ class Optimizer(ABC):
                 decay = 0.0 if role in config.no_decay_roles else config.weight_decay
                 key = (self.rule_of(parameter, role), decay, config.lr_scale.get(role, 1.0))
                 members.setdefault(key, []).append((name, parameter))
-        self.groups = [_Group(named, dtype, *key) for key, named in members.items()]
+        self.groups = [Group(named, dtype, *key) for key, named in members.items()]
         self.state = [{name: torch.zeros_like(g.master) for name in self.moments} for g in self.groups]
+        self.averages = [group.master.clone() for group in self.groups] if average else []
         self.updates = 0
 
     def rule_of(self, parameter: nn.Parameter, role: str) -> str:
@@ -109,7 +127,23 @@ class Optimizer(ABC):
             self.update(group, state, lr * group.scale)
             if group.weights is not group.master:
                 group.weights.copy_(group.master)
+        if self.average:
+            decay = min(self.average.decay, (1 + self.updates) / (10 + self.updates))
+            for average, group in zip(self.averages, self.groups, strict=True):
+                average.lerp_(group.master, 1 - decay)
         self.clear()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model computes with the averaged weights inside; without an average, with its own."""
+        held = [group.weights.clone() for group in self.groups] if self.averages else []
+        for average, group in zip(self.averages, self.groups, strict=False):
+            group.weights.copy_(average)
+        try:
+            yield
+        finally:
+            for own, group in zip(held, self.groups, strict=False):
+                group.weights.copy_(own)
 
     def clear(self) -> None:
         """Forget all gradients."""
@@ -118,20 +152,23 @@ class Optimizer(ABC):
             group.total.zero_()
 
     @abstractmethod
-    def update(self, group: _Group, state: dict[str, Tensor], lr: float) -> None:
+    def update(self, group: Group, state: dict[str, Tensor], lr: float) -> None:
         """One update of ``group.master`` in place from ``group.total``."""
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Master weights as ``model/NAME`` and moments as ``optimizer/MOMENT/NAME``, views into the buffers."""
-        for group, state in zip(self.groups, self.state, strict=True):
+        """Master weights as ``model/NAME``, their average as ``average/NAME`` and moments as
+        ``optimizer/MOMENT/NAME``, views into the buffers."""
+        for i, (group, state) in enumerate(zip(self.groups, self.state, strict=True)):
             kinds = [("model", group.master), *((f"optimizer/{moment}", flat) for moment, flat in state.items())]
+            kinds += [("average", self.averages[i])] if self.averages else []
             for kind, flat in kinds:
                 yield from ((f"{kind}/{n}", view) for n, view in zip(group.names, group.views(flat), strict=True))
 
     def release(self) -> None:
-        """Give the model its fp32 master weights back, in memory of their own."""
-        for group in self.groups:
-            for parameter, view in zip(group.parameters, group.views(group.master), strict=True):
+        """Give the model its fp32 weights back, averaged if they are, in memory of their own."""
+        for i, group in enumerate(self.groups):
+            final = self.averages[i] if self.averages else group.master
+            for parameter, view in zip(group.parameters, group.views(final), strict=True):
                 parameter.grad = None
                 parameter.data = view.clone()
 
@@ -160,72 +197,21 @@ class AdamW(Optimizer):
         eps: float = Field(default=1e-8, gt=0)
 
     @torch.no_grad()
-    def update(self, group: _Group, state: dict[str, Tensor], lr: float) -> None:
+    def update(self, group: Group, state: dict[str, Tensor], lr: float) -> None:
         self.adam(group, state, lr)
 
-    def adam(self, group: _Group, state: dict[str, Tensor], lr: float) -> None:
+    def adam(self, group: Group, state: dict[str, Tensor], lr: float) -> None:
         """The update itself, also for the parameters that another rule leaves to Adam."""
-        config, step = self.config, torch.tensor(float(self.updates - 1), device=group.master.device)
+        self.adam_on(group.master, group.total, state["exp_avg"], state["exp_avg_sq"], lr, group.decay)
+
+    def adam_on(self, weights: Tensor, grad: Tensor, mean: Tensor, square: Tensor, lr: float, decay: float) -> None:
+        """Algorithm 2 on flat fp32 vectors, in place."""
+        config, step = self.config, torch.tensor(float(self.updates - 1), device=weights.device)
         adamw(
-            [group.master], [group.total], [state["exp_avg"]], [state["exp_avg_sq"]], [], [step],
-            fused=True, amsgrad=False, maximize=False, lr=lr, weight_decay=group.decay,
+            [weights], [grad], [mean], [square], [], [step],
+            fused=True, amsgrad=False, maximize=False, lr=lr, weight_decay=decay,
             beta1=config.beta1, beta2=config.beta2, eps=config.eps,  # type: ignore[attr-defined]
         )  # fmt: skip
-
-
-def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrix of each of (n, a, b), roughly: singular values go to about 1.
-
-    The quintic Newton-Schulz iteration of Jordan et al. 2024 (Muon), with their coefficients: it does not
-    converge to 1 exactly, it brings every singular value into [0.7, 1.2] in few products.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    wide = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.transpose(-1, -2) if wide else matrices
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.transpose(-1, -2)
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.transpose(-1, -2) if wide else x
-
-
-class Muon(AdamW):
-    """Orthogonalised momentum for the matrices inside the blocks, AdamW for the rest.
-
-    ``lr`` is that of the matrices, whose update has a root-mean-square of 0.2 as Adam's has (Liu et al. 2025,
-    section 2.2), so that one rate and one decay serve both rules; ``other_scale`` multiplies it for tables,
-    norms, biases and the head. Source: Jordan et al. 2024.
-    """
-
-    moments = ("exp_avg", "exp_avg_sq")
-
-    class Config(AdamW.Config):
-        kind: Literal["muon"] = "muon"  # type: ignore[assignment]
-        lr: float = Field(default=3e-3, gt=0)
-        momentum: float = Field(default=0.95, ge=0, lt=1)
-        steps: int = Field(default=5, ge=1, description="Newton-Schulz steps")
-        other_scale: float = Field(default=1.0, gt=0, description="a factor of lr for what is not a matrix")
-
-    def rule_of(self, parameter: nn.Parameter, role: str) -> str:
-        return "adam" if parameter.ndim != 2 or role in ("embed", "position", "head") else "muon"
-
-    @torch.no_grad()
-    def update(self, group: _Group, state: dict[str, Tensor], lr: float) -> None:
-        config = self.config
-        if group.rule == "adam":
-            self.adam(group, state, lr * config.other_scale)  # type: ignore[attr-defined]
-            return
-        beta = config.momentum  # type: ignore[attr-defined]
-        momentum = state["exp_avg"].lerp_(group.total, 1 - beta)
-        ahead = group.total.lerp(momentum, beta)  # Nesterov's look ahead
-        group.master.mul_(1 - lr * group.decay)
-        weights, directions = group.views(group.master), group.views(ahead)
-        for shape in dict.fromkeys(group.shapes):  # equal shapes go through the products together
-            here = [i for i, other in enumerate(group.shapes) if other == shape]
-            turned = orthogonalise(torch.stack([directions[i] for i in here]), config.steps)  # type: ignore[attr-defined]
-            scale = 0.2 * max(shape) ** 0.5
-            for i, direction in zip(here, turned, strict=True):
-                weights[i].add_(direction, alpha=-lr * scale)
 
 
 class Sgd(Optimizer):
@@ -239,11 +225,8 @@ class Sgd(Optimizer):
         momentum: float = Field(default=0.0, ge=0, lt=1)
 
     @torch.no_grad()
-    def update(self, group: _Group, state: dict[str, Tensor], lr: float) -> None:
+    def update(self, group: Group, state: dict[str, Tensor], lr: float) -> None:
         grad = group.total.add(group.master, alpha=group.decay) if group.decay else group.total
         if self.config.momentum:  # type: ignore[attr-defined]
             grad = state["momentum"].mul_(self.config.momentum).add_(grad)  # type: ignore[attr-defined]
         group.master.add_(grad, alpha=-lr)
-
-
-OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "muon": Muon, "sgd": Sgd}

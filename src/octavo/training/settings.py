@@ -8,7 +8,8 @@ from pydantic import Field, model_validator
 
 from octavo.objectives.likelihood import OBJECTIVES, CausalLikelihood
 from octavo.schema import Config, one_of
-from octavo.training.optim import OPTIMIZERS, AdamW
+from octavo.training.optim import AdamW, WeightAverage
+from octavo.training.optimizers import OPTIMIZERS
 from octavo.training.schedule import SCHEDULES, Cosine
 
 
@@ -28,14 +29,21 @@ class TrainConfig(Config):
     objective: one_of(OBJECTIVES) = CausalLikelihood.Config()  # type: ignore[valid-type]
     optimizer: one_of(OPTIMIZERS, default="adamw") = AdamW.Config()  # type: ignore[valid-type]
     schedule: one_of(SCHEDULES, default="cosine") = Cosine.Config()  # type: ignore[valid-type]
+    average: WeightAverage | None = Field(default=None, description="train.average: {decay: 0.999} keeps one")
     clip_norm: float | None = Field(default=1.0, gt=0, description="longest gradient (l2 norm); null: no limit")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: Literal["auto", "step", "off"] = "auto"
     threads: int | None = Field(default=None, ge=1, description="default: the cores of this process")
     device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?|mps)$")
     activation_checkpointing: bool = Field(default=False, description="recompute each block in the backward pass")
-    on_nan: Literal["stop", "skip"] = "stop"
-    max_skips: int = Field(default=10, ge=1, description="with on_nan skip: more in 100 steps stop the run")
+    on_nan: Literal["stop", "skip", "rollback"] = Field(
+        default="stop",
+        description="a loss or gradient that is not finite: stop, leave the step out, or leave out all steps since "
+        "the last checkpoint",
+    )
+    on_spike: Literal["log", "skip"] = Field(default="log", description="a loss far above the last hundred")
+    spike_sigmas: float = Field(default=6.0, gt=0, description="how far above is a spike, in standard deviations")
+    max_skips: int = Field(default=10, ge=1, description="more steps left out of 100 stop the run")
     log_every: int = Field(default=10, ge=1)
     valid_every: int = Field(default=100, ge=1)
     valid_batches: int = Field(default=8, ge=0, description="batches of held-out rows per validation; 0: none")

@@ -20,7 +20,7 @@ from octavo.metrics_file import read_metrics
 from octavo.nn.contracts import Inputs
 from octavo.objectives.likelihood import CausalLikelihood
 from octavo.tokenizer import Byte, train
-from octavo.training.optim import OPTIMIZERS
+from octavo.training.optimizers import OPTIMIZERS
 
 # ---------------------------------------------------------------------------------------- accumulation
 
@@ -317,7 +317,7 @@ def test_the_log_has_one_schema(tmp_path):
     assert [(r["step"], r["prompt"], r["text"]) for r in found["sample"]] == [
         (5, "a", "é\n"), (5, "b", ""), (7, "a", "é\n"), (7, "b", ""),
     ]  # fmt: skip
-    figures = {"loss", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds"}
+    figures = {"loss", "lr", "grad_norm", "spike", "tokens_per_second", "mfu", "seconds"}
     assert all(set(r) == {"kind", "step", "tokens_seen", *figures} for r in found["train"])
     assert all(set(r) == {"kind", "step", "tokens_seen", "loss", "bits_per_byte"} for r in found["valid"])
     loader = Loader(packed(), 4, seed=3)

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from octavo.models.decoder import Decoder, build
-from octavo.training.optim import OPTIMIZERS, role_of
+from octavo.training.adamw_8bit import from_float8, to_float8
+from octavo.training.optim import WeightAverage, role_of
+from octavo.training.optimizers import OPTIMIZERS
 
 
 @pytest.fixture(autouse=True)
@@ -145,3 +147,86 @@ def test_frozen_parameters_stay_out():
     one.embed.weight.requires_grad_(False)
     optimizer = make("adamw", one)
     assert "model/embed.weight" not in dict(optimizer.tensors())
+
+
+def gradients_of_a_quadratic(on: Decoder) -> None:
+    for p in on.parameters():
+        p.grad.copy_(p.detach() - 0.5)
+
+
+def test_the_average_is_the_running_mean_and_is_what_is_kept():
+    one = model()
+    optimizer = OPTIMIZERS["sgd"](OPTIMIZERS["sgd"].Config(lr=0.1), one, torch.float32, WeightAverage(decay=0.9))
+    name, weight = next(iter(one.named_parameters()))
+    expected = weight.detach().clone()
+    for n in range(1, 30):
+        gradients_of_a_quadratic(one)
+        optimizer.step(0.1)
+        decay = min(0.9, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * weight.detach()
+    own = weight.detach().clone()
+    assert not torch.allclose(own, expected, atol=1e-3)
+    with optimizer.averaged():
+        torch.testing.assert_close(weight.detach(), expected)
+    assert torch.equal(weight.detach(), own)
+    torch.testing.assert_close(dict(optimizer.tensors())[f"average/{name}"], expected)
+    optimizer.release()
+    torch.testing.assert_close(dict(one.named_parameters())[name].detach(), expected)
+
+
+def test_float8_rounds_by_chance_and_stays_within_a_step():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1000, generator=generator) * torch.logspace(-4, 2, 1000)
+    found = torch.stack([from_float8(*to_float8(x, torch.rand(1024, generator=generator))) for _ in range(400)])
+    step = (
+        x.abs() / 8
+        + 1e-6
+        + torch.nn.functional.pad(x, (0, 24)).view(-1, 256).abs().amax(-1).repeat_interleave(256)[:1000] / 448 * 2**-9
+    )
+    assert ((found - x).abs() <= step).all()
+    assert ((found.mean(0) - x).abs() <= step / 4).all()  # unbiased: 400 draws, five deviations
+
+
+def test_float8_keeps_what_is_positive_positive_and_zero_zero():
+    x = torch.zeros(300)
+    x[7], x[8] = 1e-20, 1.0
+    wide = from_float8(*to_float8(x, torch.full((512,), 0.5), keep_positive=True))
+    assert wide[7] > 0 and float(wide[8]) == pytest.approx(1) and not wide[9:].any() and not wide[:7].any()
+
+
+def test_eight_bit_moments_follow_adamw_and_take_a_quarter_of_the_memory():
+    ends = {}
+    for kind in ("adamw", "adamw_8bit"):
+        torch.manual_seed(0)
+        one = model(d_model=32)
+        optimizer = make(kind, one, lr=0.01, weight_decay=0.1)
+        for _ in range(60):
+            gradients_of_a_quadratic(one)
+            optimizer.step(0.01)
+        ends[kind] = torch.cat([p.detach().flatten() for p in one.parameters()])
+        moments = sum(t.numel() * t.element_size() for n, t in optimizer.tensors() if n.startswith("optimizer/"))
+        ends[f"{kind} bytes"] = moments / ends[kind].numel()
+    assert float((ends["adamw"] - ends["adamw_8bit"]).abs().mean()) < 0.01
+    assert float((ends["adamw"] - 0.5).abs().mean()) < 0.2  # it went somewhere
+    assert ends["adamw bytes"] == 8 and ends["adamw_8bit bytes"] < 2.2
+
+
+@pytest.mark.parametrize("kind", sorted(OPTIMIZERS))
+def test_what_was_saved_goes_on_to_the_same_bits(kind):
+    def run(on: Decoder, optimizer, n: int) -> None:
+        for _ in range(n):
+            gradients_of_a_quadratic(on)
+            optimizer.step(0.01)
+
+    torch.manual_seed(0)
+    one = model()
+    whole = OPTIMIZERS[kind](OPTIMIZERS[kind].Config(), one, torch.float32, WeightAverage())
+    run(one, whole, 3)
+    saved = {name: tensor.clone() for name, tensor in whole.tensors()}
+    run(one, whole, 3)
+    two = model()
+    other = OPTIMIZERS[kind](OPTIMIZERS[kind].Config(), two, torch.float32, WeightAverage())
+    other.restore(saved, 3)
+    run(two, other, 3)
+    for (name, found), (_, expected) in zip(other.tensors(), whole.tensors(), strict=True):
+        assert torch.equal(found, expected), name
