@@ -30,15 +30,26 @@ class OctavoError(Exception):
         super().__init__(what)
 
     def __str__(self) -> str:
-        line = f"error[{self.code}]: {self.what}"
-        if self.where:
-            line += f" ({self.where})"
+        what, where, fix, kept = map(_one_line, (self.what, self.where, self.fix, self.kept))
+        line = f"error[{self.code}]: {what}"
+        if where:
+            line += f" ({where})"
         line += "."
-        if self.fix:
-            line += f" Fix: {self.fix.rstrip('.')}" + ("" if self.fix.endswith("?") else ".")
-        if self.kept:
-            line += f" Kept: {self.kept.rstrip('.')}."
+        if fix:
+            line += f" Fix: {fix.rstrip('.')}" + ("" if fix.endswith("?") else ".")
+        if kept:
+            line += f" Kept: {kept.rstrip('.')}."
         return line
+
+
+PART_CHARACTERS = 1200
+
+
+def _one_line(text: str) -> str:
+    """``text`` as it may stand in a message, whatever file it was quoted from: printable, on one line, not endless."""
+    if len(text) > PART_CHARACTERS:
+        text = f"{text[: PART_CHARACTERS - 300]} ... {text[-200:]}"
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class ConfigError(OctavoError):

@@ -13,6 +13,7 @@ of specials must still be the one of the stand-in rendering, or the conversation
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from octavo.errors import DataError
+from octavo.tokenizer.budget import BudgetError
 from octavo.tokenizer.sandbox import Template, compile_template
 
 if TYPE_CHECKING:
@@ -61,6 +63,8 @@ CHATML = """\
 """
 
 _STAND_INS = 0xF0000  # start of a private-use plane
+# A conversation is rendered several times; together they may take this long.
+_SECONDS, _SECONDS_PER_MESSAGE = 2.0, 0.05
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}\Z")
 
 
@@ -122,6 +126,7 @@ class _Job:
         self.tokenizer, self.template, self.tools = tokenizer, template, _plain(list(tools)) if tools else None
         names = {f"{role}_token": text for role, text in tokenizer.special_text.items()}
         self.variables = {**_plain(dict(variables)), **names}
+        self._began, self._allowed = time.thread_time(), 0.0
 
     def raw(self, messages: Sequence[Any], prompt: bool, tools: Any = None) -> tuple[str, list[tuple[int, int]]]:
         """One rendering; refusals name the first message that causes them."""
@@ -130,7 +135,8 @@ class _Job:
             return self._render(messages, prompt, tools)
         except jinja2.TemplateError as error:
             where = ""
-            for n in range(1, len(messages)):
+            # A template that takes all it can get would take it again for every message.
+            for n in range(1, 0 if isinstance(error, BudgetError) else min(len(messages), 64)):
                 try:
                     self._render(messages[:n], False, tools)
                 except jinja2.TemplateError as early:
@@ -147,6 +153,9 @@ class _Job:
     def _render(self, messages: Sequence[Any], prompt: bool, tools: Any) -> tuple[str, list[tuple[int, int]]]:
         names = {**self.variables, "messages": list(messages), "tools": tools, "documents": None}
         inputs = "".join(_leaves([messages, tools]))
+        self._allowed = max(self._allowed, _SECONDS + _SECONDS_PER_MESSAGE * len(messages))
+        if time.thread_time() - self._began > self._allowed:
+            raise BudgetError(f"all its renderings take longer than {self._allowed:.1f} s")
         return self.template.render(len(messages), inputs, {**names, "add_generation_prompt": prompt})
 
     def safe(self, messages: Sequence[Any], prompt: bool) -> tuple[str, list[tuple[int, int]], list[tuple[int, int]]]:

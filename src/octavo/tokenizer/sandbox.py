@@ -1,20 +1,19 @@
 """Chat templates from strangers, run in a box: no way to Python's inside, and bounded work, time and output.
 
 Jinja's immutable sandbox forbids attributes that begin with an underscore and changes to its inputs. On top: only
-the filters, tests and methods that chat templates use; every loop round, call and piece of output is paid for from
-a budget; nothing grows past it.
+the filters, tests and methods that chat templates use; every loop round, call, comparison, slice and piece of text
+is paid for from a budget (see :mod:`octavo.tokenizer.budget`); nothing grows past it.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
 import threading
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import jinja2
@@ -24,17 +23,20 @@ import jinja2.nodes
 import jinja2.sandbox
 
 from octavo.errors import DataError
+from octavo.tokenizer.budget import LISTS, MAX_DEPTH, VIEWS, Budget, BudgetError
 
 MAX_TEMPLATE_CHARS = 200_000
-MAX_DEPTH = 100
-BASE_STEPS, STEPS_PER_MESSAGE = 100_000, 1_000
-BASE_CHARS, CHARS_PER_INPUT_CHAR = 4_000_000, 32
-BASE_SECONDS, SECONDS_PER_MESSAGE = 0.4, 0.002
+MAX_TEMPLATE_TOKENS = 16_000  # what compiling costs; the largest templates in use have a third of it
+MAX_PATTERN_CHARS = 128  # of what is stripped or searched for from the right, for which Python takes n x m
 FILTERS = (
     "abs bool capitalize count d default dictsort e escape first float groupby indent int items join last length list"
     " lower map max min reject rejectattr replace reverse round safe select selectattr sort string sum title tojson"
     " trim unique upper"
 ).split()
+WALKING = frozenset(
+    "first groupby last list map max min reject rejectattr reverse select selectattr sort sum unique".split()
+)
+COPYING = frozenset("dictsort groupby max min sort unique".split())  # these make a copy of each text to compare by
 METHODS = {
     str: "capitalize count endswith find index isalnum isalpha isdigit islower isnumeric isspace isupper join lower"
     " lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split splitlines"
@@ -44,54 +46,9 @@ METHODS = {
     tuple: "count index".split(),
 }
 METHODS_OTHER = ("first", "last", "index", "index0", "revindex", "revindex0", "length", "previtem", "nextitem")
-
-
-class BudgetError(jinja2.TemplateError):
-    """The template did more than any honest one does."""
-
-
-class _Budget:
-    """What one rendering may still spend."""
-
-    def __init__(self, n_messages: int, input_chars: int):
-        self.steps = BASE_STEPS + STEPS_PER_MESSAGE * n_messages
-        self.chars = self.max_chars = BASE_CHARS + CHARS_PER_INPUT_CHAR * input_chars
-        self.seconds = BASE_SECONDS + SECONDS_PER_MESSAGE * n_messages
-        self._stop = time.thread_time() + self.seconds
-
-    def step(self, n: int = 1) -> None:
-        before, self.steps = self.steps, self.steps - n
-        if self.steps < 0:
-            raise BudgetError("the template makes too many steps")
-        if before >> 7 != self.steps >> 7 and time.thread_time() > self._stop:
-            raise BudgetError(f"the template takes longer than {self.seconds:.1f} s")
-
-    def text(self, n: int) -> None:
-        self.step()
-        self.chars -= n
-        if self.chars < 0:
-            raise BudgetError(f"the template makes more than {self.max_chars} characters")
-
-    def value(self, value: Any, depth: int = 0) -> int:
-        """Pay for writing out ``value`` in full; return its length in characters, roughly."""
-        if isinstance(value, str):
-            return len(value)
-        if isinstance(value, int) and not isinstance(value, bool):
-            if value.bit_length() > 512:
-                raise BudgetError("a number in the template is too large")
-            return 20
-        if isinstance(value, (list, tuple, set, frozenset, Mapping)):
-            if depth > MAX_DEPTH:
-                raise BudgetError("a list in the template is nested too deeply")
-            parts = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
-            total = 2
-            for part in parts:
-                self.step()
-                total += self.value(part, depth + 1) + 2
-                if total > self.max_chars:
-                    raise BudgetError(f"the template makes more than {self.max_chars} characters")
-            return total
-        return 16
+FROM_THE_RIGHT = frozenset("lstrip rfind rindex rpartition rsplit rstrip strip".split())
+# Filters that the box puts into a template itself: no template can write their names.
+TOLLS = ("toll: loop", "toll: list", "toll: concat", "toll: slice", "toll: look")
 
 
 class _Generation(jinja2.ext.Extension):
@@ -123,6 +80,9 @@ class _Namespace(jinja2.utils.Namespace):
         _check_name(name)
         super().__setitem__(name, value)
 
+    def __repr__(self) -> str:  # its values could hold each other, doubling at every level
+        return "namespace"
+
 
 def _check_name(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
@@ -141,15 +101,23 @@ class _Box(jinja2.sandbox.ImmutableSandboxedEnvironment):
             finalize=self._finalize,
             cache_size=0,
         )
-        self.budget = _Budget(0, 0)
+        self.budget = Budget(0, 0)
         self.mark = ""
         self.constant_chars = 0
-        known = dict(self.filters)
-        self.filters = {name: known[name] for name in FILTERS if name in known}
-        self.filters |= {"tojson": self._tojson, "replace": self._replace, "join": self._join, "indent": self._indent}
-        self.filters |= {"octavo_loop": self._loop, "octavo_pay": self._pay, "octavo_concat": self._concat}
-        self.filters |= {"string": self._string, "bool": bool, "safe": lambda value: value}
-        self.filters |= {"round": self._round}
+        own: dict[str, Callable[..., Any]] = {
+            "tojson": self._tojson,
+            "replace": self._replace,
+            "join": self._join,
+            "indent": self._indent,
+            "string": self._string,
+            "round": self._round,
+            "bool": bool,
+            "safe": lambda value: value,
+        }
+        known = {name: self._metered(name, self.filters[name]) for name in FILTERS if name in self.filters}
+        tolls = (self._loop, self._list, self._concat, self._slice, self._look)
+        self.filters = {**known, **own, **dict(zip(TOLLS, tolls, strict=True))}
+        self.tests = {name: self._metered(name, test) for name, test in self.tests.items()}
         names = {"range": self._range, "dict": lambda *a, **k: dict(*a, **k), "namespace": _Namespace}
         self.globals = {**names, "raise_exception": _raise, "strftime_now": _strftime_now}
 
@@ -166,64 +134,129 @@ class _Box(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 return attr in names or (kind is dict and not callable(value))
         return not callable(value) or attr in ("cycle", "changed", *METHODS_OTHER)
 
+    def call_filter(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """A filter by its name, as ``map`` has it."""
+        if name in TOLLS:
+            raise jinja2.TemplateError(f"there is no filter {name!r}")
+        return super().call_filter(name, *args, **kwargs)
+
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         budget = __self.budget
         budget.step()
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
-        if isinstance(owner, str) and name == "replace" and len(args) >= 2:
-            return __self._replace(owner, *args)
-        if isinstance(owner, str) and name == "join" and len(args) == 1:
-            return __self._join(args[0], owner)
+        if isinstance(owner, str):
+            if name == "replace" and len(args) >= 2:
+                return __self._replace(owner, *args)
+            if name == "join" and len(args) == 1:
+                return __self._join(args[0], owner)
+            budget.look(owner)
+            if name in FROM_THE_RIGHT:
+                _check_pattern(name, args)
+        if isinstance(owner, (str, *LISTS)) or name == "changed":
+            budget.look(args)
+        if isinstance(owner, LISTS):
+            budget.look(owner)
         if isinstance(__obj, jinja2.runtime.Macro):
             budget.text(__self.constant_chars)
         result = super().call(__context, __obj, *args, **kwargs)
-        if isinstance(result, str):
+        if isinstance(result, str) and (owner is None or isinstance(owner, str)):
             budget.text(len(result))
-        elif isinstance(result, (list, dict)):
-            budget.value(result)
+        elif isinstance(result, (list, tuple, dict)) and not (name == "get" or result is owner):
+            budget.text(budget.size(result))
         return result
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        self.budget.step()
+        budget = self.budget
+        budget.step()
+        budget.number(left)
+        budget.number(right)
         if operator == "**":
             raise jinja2.exceptions.SecurityError("the operator ** is not allowed in a chat template")
         if operator == "%" and isinstance(left, str):
             if re.search(r"\*|\d{4}", left):
                 raise jinja2.exceptions.SecurityError("a width in % formatting is too large")
-            self.budget.value(right)
+            # A field may be up to 999 wide, and with a mapping every field may be the whole of it.
+            times = left.count("%") if isinstance(right, Mapping) else 1
+            budget.text(len(left) + left.count("%") * 999 + times * budget.size(right))
         if operator == "*":
             for thing, times in ((left, right), (right, left)):
                 if isinstance(thing, (str, list, tuple)) and isinstance(times, int):
-                    self.budget.text((len(thing) + 1) * max(int(times), 0))
-        self.budget.value(left) if not isinstance(left, str) else None
+                    budget.text((len(thing) + 1) * max(int(times), 0))
         result = super().call_binop(context, operator, left, right)
         if isinstance(result, str):
-            self.budget.text(len(result))
-        else:
-            self.budget.value(result)
+            budget.text(len(result))
+        elif isinstance(result, (list, tuple)):
+            budget.step(len(result))
+        budget.number(result)
         return result
 
     # -- what is paid for
 
+    def _metered(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A filter or test of Jinja's that pays for what it walks through and for the text it makes."""
+        first = 0 if getattr(function, "jinja_pass_arg", None) is None else 1
+
+        @functools.wraps(function)
+        def paid(*args: Any, **kwargs: Any) -> Any:
+            budget, value = self.budget, args[first]
+            budget.step()
+            if name in COPYING:
+                budget.text(budget.size(value))
+            if name in WALKING:
+                if hasattr(value, "__len__"):
+                    budget.step(len(value))
+                else:
+                    value = self._loop(value, 0)
+            elif not isinstance(value, (Mapping, *LISTS)):
+                budget.look(value)
+            budget.look(args[first + 1 :])
+            if name == "trim" or name in WALKING:  # an attribute may be a path, walked for every element
+                _check_pattern(name, (*args[first + 1 :], *kwargs.values()))
+            result = function(*args[:first], value, *args[first + 1 :], **kwargs)
+            if isinstance(result, str) and result is not value:
+                budget.text(len(result))
+            return result
+
+        return paid
+
     def _finalize(self, value: Any) -> Any:
-        self.budget.text(self.budget.value(value))
+        self.budget.text(self._written(value))
         return value
+
+    def _written(self, value: Any) -> int:
+        """The length of ``value`` written out; refuses what has no text of its own."""
+        plain = (str, int, float, *LISTS, Mapping, *VIEWS, range, type(None), jinja2.Undefined, _Namespace)
+        if not isinstance(value, plain):
+            raise jinja2.TemplateError(f"a {type(value).__name__} cannot be written out")
+        return self.budget.size(value)
 
     def _loop(self, values: Any, cost: int) -> Iterator[Any]:
         for value in values:
             self.budget.text(cost)
             yield value
 
-    def _pay(self, value: Any) -> Any:
-        self.budget.value(value)
+    def _list(self, value: Any) -> Any:
+        self.budget.size(value)
+        return value
+
+    def _look(self, value: Any) -> Any:
+        if not isinstance(value, Mapping):  # one is only asked for a key
+            self.budget.look(value)
+        return value
+
+    def _slice(self, value: Any) -> Any:
+        if isinstance(value, str):
+            self.budget.text(len(value))
+        elif isinstance(value, (list, tuple)):
+            self.budget.step(len(value))
         return value
 
     def _concat(self, parts: tuple[Any, ...]) -> str:
-        self.budget.text(sum(self.budget.value(part) for part in parts))
+        self.budget.text(sum(self._written(part) for part in parts))
         return "".join(map(str, parts))
 
     def _string(self, value: Any) -> str:
-        self.budget.text(self.budget.value(value))
+        self.budget.text(self._written(value))
         return str(value)
 
     def _range(self, *args: int) -> range:
@@ -233,7 +266,7 @@ class _Box(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return values
 
     def _replace(self, text: Any, old: Any, new: Any, count: int | None = None) -> str:
-        text, old, new = self._string(text), str(old), str(new)
+        text, old, new = self._string(text), self._string(old), self._string(new)
         limit = -1 if count is None else int(count)
         times = text.count(old) if limit < 0 else min(text.count(old), limit)
         self.budget.text(len(text) + times * len(new))
@@ -241,16 +274,19 @@ class _Box(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def _join(self, values: Iterable[Any], d: str = "", attribute: Any = None) -> str:
         if attribute is not None:
-            values = [self.getitem(value, attribute) for value in values]
+            _check_pattern("join", [attribute])
+            values = [self.getitem(value, attribute) for value in self._loop(values, 0)]
         parts = []
         for value in values:
-            self.budget.text(self.budget.value(value) + len(d))
+            self.budget.text(self._written(value) + len(d))
             parts.append(str(value))
         return d.join(parts)
 
     def _round(self, value: float, precision: int = 0, method: str = "common") -> float:
         if not 0 <= precision <= 30:
             raise jinja2.TemplateError("round takes 0 to 30 digits")
+        if method not in ("common", "ceil", "floor"):
+            raise jinja2.TemplateError("round takes common, ceil or floor")
         scale = 10**precision
         return round(value, precision) if method == "common" else getattr(math, method)(value * scale) / scale
 
@@ -271,17 +307,32 @@ class _Box(jinja2.sandbox.ImmutableSandboxedEnvironment):
     ) -> str:
         if indent is not None and not (isinstance(indent, int) and 0 <= indent <= 16):
             raise jinja2.TemplateError("indent of tojson must be a number from 0 to 16")
-        self.budget.text(self.budget.value(value))
-        text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-        self.budget.text(len(text))
-        return text
+        if separators is not None and not (len(separators) == 2 and all(len(mark) <= 16 for mark in separators)):
+            raise jinja2.TemplateError("separators of tojson must be two short texts")
+        self.budget.text(self.budget.size(value))
+        text = []
+        encoder = json.JSONEncoder(
+            ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys, check_circular=False
+        )
+        for part in encoder.iterencode(value):  # in parts, because deep indentation can be most of the text
+            self.budget.text(len(part))
+            text.append(part)
+        return "".join(text)
 
     # -- reading the source
 
     def _parse(self, source: str, name: Any, filename: Any) -> Any:
+        for count, (line, _, _) in enumerate(self.lexer.tokeniter(source, name, filename)):
+            if count > MAX_TEMPLATE_TOKENS:
+                raise jinja2.TemplateSyntaxError(f"more than {MAX_TEMPLATE_TOKENS} tokens", line)
         tree = super()._parse(source, name, filename)
         self.constant_chars = _constant_chars(tree)
         return _meter(tree)
+
+
+def _check_pattern(name: str, args: Iterable[Any]) -> None:
+    if any(isinstance(arg, str) and len(arg) > MAX_PATTERN_CHARS for arg in args):
+        raise BudgetError(f"{name} in the template is given more than {MAX_PATTERN_CHARS} characters")
 
 
 def _constant_chars(node: Any) -> int:
@@ -289,7 +340,7 @@ def _constant_chars(node: Any) -> int:
 
 
 def _meter(node: Any, depth: int = 0) -> Any:
-    """Put a toll on every loop, every literal list and every ``~`` below ``node``."""
+    """Put a toll on every loop, literal list, comparison, slice and ``~`` below ``node``."""
     if depth > 4 * MAX_DEPTH:
         raise jinja2.TemplateSyntaxError("the template is nested too deeply", 1)
     nodes = jinja2.nodes
@@ -302,12 +353,19 @@ def _meter(node: Any, depth: int = 0) -> Any:
     def toll(name: str, inner: Any, *args: Any) -> Any:
         return nodes.Filter(inner, name, list(args), [], None, None, lineno=node.lineno, environment=node.environment)
 
+    loop, a_list, concat, a_slice, look = TOLLS
     if isinstance(node, nodes.For):
-        node.iter = toll("octavo_loop", node.iter, nodes.Const(1 + _constant_chars(node)))
+        node.iter = toll(loop, node.iter, nodes.Const(1 + _constant_chars(node)))
     elif isinstance(node, (nodes.List, nodes.Dict)) or (isinstance(node, nodes.Tuple) and node.ctx == "load"):
-        return toll("octavo_pay", node)
+        return toll(a_list, node)
     elif isinstance(node, nodes.Concat):
-        return toll("octavo_concat", nodes.Tuple(node.nodes, "load", lineno=node.lineno, environment=node.environment))
+        return toll(concat, nodes.Tuple(node.nodes, "load", lineno=node.lineno, environment=node.environment))
+    elif isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice):
+        return toll(a_slice, node)
+    elif isinstance(node, nodes.Compare):
+        node.expr = toll(look, node.expr)
+    elif isinstance(node, nodes.Operand) and not isinstance(node.expr, nodes.Const):
+        node.expr = toll(look, node.expr)
     return node
 
 
@@ -341,7 +399,7 @@ class Template:
             self._template = self._box.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"chat template line {error.lineno}: {error.message}", fix="repair the template") from None
-        except (RecursionError, MemoryError, SyntaxError, OverflowError, jinja2.TemplateError) as error:
+        except Exception as error:  # Jinja and Python's compiler give up in many ways on what no one would write
             raise DataError(f"the chat template does not compile: {type(error).__name__}", fix="simplify it") from None
 
     def render(self, n_messages: int, inputs: str, variables: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
@@ -357,7 +415,7 @@ class Template:
         box, out = self._box, []
         mark = next(m for m in map(chr, range(0x10FFFD, 0x100000, -1)) if m not in inputs and m not in self._source)
         with self._lock:
-            box.mark, box.budget = mark, _Budget(n_messages, len(inputs))
+            box.mark, box.budget = mark, Budget(n_messages, len(inputs))
             try:
                 for piece in self._template.generate(**variables):
                     box.budget.text(len(piece))
@@ -377,7 +435,7 @@ class Template:
         return "".join(parts), spans
 
 
-@lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=16)
 def compile_template(source: str) -> Template:
     """The compiled template, kept for the next call."""
     return Template(source)
