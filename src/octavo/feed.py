@@ -5,18 +5,20 @@ The pipeline trains on exactly these; ``octavo data show`` and ``octavo data che
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import compress, islice
 from pathlib import Path
 
 from octavo.config import ChatData, Pretrained, Recipe, TuneConfig
-from octavo.data import chat, facts, prepare
+from octavo.data import chat, facts, prepare, show
 from octavo.data.chat import ChatReport, Conversation
 from octavo.data.loader import Loader, pretraining_loader, sweep
-from octavo.data.pack import Batch, StreamRows, WholeRows
+from octavo.data.pack import Batch, Packed, StreamRows, WholeRows
 from octavo.data.shards import Shards
-from octavo.errors import ConfigError, DataError
+from octavo.errors import ConfigError, DataError, did_you_mean
+from octavo.run import RunFolder
 from octavo.tokenizer import Tokenizer
 from octavo.training.settings import TrainConfig
 
@@ -44,6 +46,117 @@ class Feed:
     held_out: list[Conversation] = field(default_factory=list)
     report: ChatReport = field(default_factory=ChatReport)
     notices: list[str] = field(default_factory=list)
+
+
+def stages(recipe: Recipe) -> list[str]:
+    """The training stages a recipe has."""
+    return [name for name, config in (("pretrain", recipe.train), ("tune", recipe.tune)) if config is not None]
+
+
+def settings(recipe: Recipe, stage: str) -> TrainConfig:
+    """What the recipe says about a training stage.
+
+    Raises:
+        ConfigError: it has no such stage.
+    """
+    found = {"pretrain": recipe.train, "tune": recipe.tune}.get(stage)
+    if found is None:
+        raise ConfigError(f"the recipe has no stage {stage!r}", fix=did_you_mean(stage, stages(recipe), thing="stage"))
+    return found
+
+
+def of_stage(recipe: Recipe, folder: Path, stage: str) -> Feed:
+    """What a training stage reads, from the shards and the tokenizer in a run folder; nothing is written."""
+    config = settings(recipe, stage)
+    seq_len = config.seq_len or seq_len_of(config, max_seq_len(recipe))
+    if stage == "pretrain":
+        return pretraining(recipe, folder, seq_len)
+    return tuning(recipe, Tokenizer.load(folder / "tokenizer"), seq_len)
+
+
+@dataclass(frozen=True)
+class Look:
+    """Rows of one batch to be shown: ``noun`` is what lies in them, ``lead`` says which batch of how many it is."""
+
+    rows: list[show.Row]
+    noun: str
+    lead: str
+
+
+def look(recipe: Recipe, folder: Path, stage: str, *, split: str = "train", step: int = 0, n: int = 4) -> Look:
+    """The first ``n`` rows of exactly the batch that a step trains on, or that validation looks at.
+
+    Args:
+        folder: of a run.
+        stage: pretrain or tune.
+        split: train or valid.
+        step: counted from 0; of ``valid``, the number of the batch.
+
+    Raises:
+        ConfigError: there is no such stage, step or split.
+        DataError: what it reads is not there.
+    """
+    config, found = settings(recipe, stage), of_stage(recipe, folder, stage)
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    noun = "document" if stage == "pretrain" else "conversation"
+    if split == "valid":
+        if found.valid is None:
+            raise ConfigError(f"{stage} has no held-out rows", fix="look at --split train")
+        batches = list(validation_batches(found.valid, found.source, config))
+        _check_step(step, len(batches), f"validation of {stage} looks at")
+        batch, before = batches[step], sum(len(b["tokens"]) for b in batches[:step])
+        in_step, of = len(batch["tokens"]), f"batch {step} of {len(batches)} of every validation"
+        places: list[tuple[Packed, int, int]] = [(found.valid, 0, before + i) for i in range(min(n, in_step))]
+    else:
+        _check_step(step, config.steps, f"{stage} has")
+        batch, places = found.source.batch(step), found.source.places(step, n)
+        in_step, of = found.source.rows, f"step {step:,} of {config.steps:,} (metrics: step {step + 1:,})"
+    tell = _teller(found, folder, tokenizer, split, places, stage)
+    shown = min(n, in_step)
+    lead = f"{of}, {in_step:,} rows of {found.source.seq_len:,} tokens; the first {shown}" * (shown < in_step) or (
+        f"{of}, {in_step:,} rows of {found.source.seq_len:,} tokens"
+    )
+    return Look(show.rows_of(batch, places, tokenizer, tell), noun, lead)
+
+
+def _check_step(step: int, n: int, what: str) -> None:
+    if not 0 <= step < n:
+        raise ConfigError(f"step {step}: {what} {n:,} of them", fix=f"give one from 0 to {n - 1}")
+
+
+def _teller(
+    found: Feed, folder: Path, tokenizer: Tokenizer, split: str, places: list[tuple[Packed, int, int]], stage: str
+) -> show.Tell:
+    """What is known of the documents or conversations in the rows to be shown."""
+    if stage == "pretrain":
+        numbers = {piece.number for packed, epoch, row in places for piece in packed.pieces(epoch, row)}
+        known = show.origins(folder / "data", split, numbers)
+        return lambda number: show.Told(known.get(number, ""))
+    told = found.conversations if split == "train" else found.held_out
+
+    def tell(number: int) -> show.Told:
+        said = told[number]
+        where = f"{said.source}:{said.line}" if said.source else ""
+        return show.Told(where, tokenizer.render(said.messages, tools=said.tools).ids)
+
+    return tell
+
+
+def changed(recipe: Recipe, folder: Path) -> list[str]:
+    """What is no longer as it was when a run's stages read it, so that looking again may show something else."""
+    run = RunFolder(folder)
+    before = run.stages().get("tune", {})
+    if recipe.tune is None or not before:
+        return []
+    if isinstance(recipe.tune.data, ChatData):
+        try:
+            same = chat.fingerprint(recipe.tune.data) == before.get("told")
+        except DataError:
+            return []
+        return [] if same else ["the conversations have changed since this run was tuned on them"]
+    made_by = (prepare.read_json(run.environment_path) or {}).get("python")
+    here = platform.python_version()
+    return [] if made_by in (None, here) else [f"the questions are those of Python {here}, the run's of {made_by}"]
 
 
 def pretraining(recipe: Recipe, folder: Path, seq_len: int) -> Feed:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +16,9 @@ import typer
 from octavo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
+    from octavo.config import Recipe
     from octavo.data.prepare import DataConfig, Progress
 
 app = typer.Typer(
@@ -19,6 +26,12 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Read, clean and pack text into shards.\n\nExample: octavo data prepare python-stdlib --out data",
 )
+
+
+RunOrRecipe = Annotated[
+    list[str], typer.Argument(metavar="RUN|RECIPE...", help="A run; or a recipe, then `section.key=value` overrides.")
+]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes. Default: one for each processor.")]
 
 
 @app.callback()
@@ -37,7 +50,7 @@ def prepare(
     ],
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("data"),
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder: also write token shards.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one for each processor.")] = None,
+    workers: Workers = None,
     held_out: Annotated[
         float | None, typer.Option(min=0, help="Share (0.01) or number (50) of documents to hold out.")
     ] = None,
@@ -126,6 +139,92 @@ def _bars() -> Iterator[Progress]:
     finally:
         for bar in open_bars.values():
             bar.close()
+
+
+@app.command()
+def show(
+    words: RunOrRecipe,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the batch to show.")] = 4,
+    stage: Annotated[str | None, typer.Option(help="pretrain or tune. Default: the first there is.")] = None,
+    split: Annotated[str, typer.Option(help="train, or valid: what every validation looks at.")] = "train",
+    step: Annotated[int, typer.Option(min=0, help="0 is the first, which metrics.jsonl has as step 1.")] = 0,
+    ids: Annotated[bool, typer.Option("--ids", help="Every token by itself, with its id.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page instead: one file that opens anywhere.")] = None,
+    workers: Workers = None,
+) -> None:
+    """Show exactly what the model sees in a step: rows, document borders, what is trained, what is cut off.
+
+    The rows are those of the training itself. A recipe that was not run is first prepared in a temporary folder.
+
+    Examples: [bold]octavo data show runs/quickstart --stage tune --step 99[/bold]   ·
+    [bold]octavo data show my.yaml train.seq_len=128 --html rows.html[/bold]
+    """
+    from octavo import feed
+    from octavo.data import show as shown
+    from octavo.files import write_atomic
+    from octavo.report.html import check_ours
+
+    if split not in ("train", "valid"):
+        raise ConfigError(f"there is no split {split!r}", fix="use train or valid")
+    if html is not None:
+        check_ours(html)
+    with _opened(words, workers) as (recipe, folder):
+        stage = stage or feed.stages(recipe)[0]
+        with warnings.catch_warnings(record=True) as told:
+            found = feed.look(recipe, folder, stage, split=split, step=step, n=rows)
+        for line in dict.fromkeys([*feed.changed(recipe, folder), *(str(warning.message) for warning in told)]):
+            typer.echo(f"warning: {line}", err=True)
+    title = f"{recipe.name}: {stage}" + ", held out" * (split == "valid")
+    if html is not None:
+        page = shown.to_html(found.rows, found.noun, title=title, lead=found.lead, with_ids=ids)
+        write_atomic(html, page)
+        typer.echo(f"{title}, {found.lead}\npage  {html}")
+    elif sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
+        _print_rich(shown.to_rich(found.rows, found.noun, with_ids=ids), f"{title}, {found.lead}")
+    else:
+        typer.echo(f"{title}, {found.lead}\n{shown.to_plain(found.rows, found.noun, with_ids=ids)}", nl=False)
+
+
+def _print_rich(lines: list[Text], title: str) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.print(title, style="bold", overflow="fold")
+    for line in lines:
+        console.print(line, overflow="fold")
+
+
+@contextmanager
+def _opened(words: list[str], workers: int | None = None) -> Iterator[tuple[Recipe, Path]]:
+    """A run's recipe and folder; or a recipe, and a temporary folder in which its data are prepared.
+
+    Raises:
+        ConfigError: it is neither, or a run was given overrides.
+    """
+    from octavo.config import Recipe
+    from octavo.pipeline import Pipeline
+    from octavo.run import RunFolder
+    from octavo.stop import StopSignal
+    from octavo.training.progress import Console
+
+    name, *overrides = words
+    if Path(name).is_dir():
+        run = RunFolder(name)
+        plain = run.read_recipe()
+        if plain is None:
+            raise ConfigError(f"{name} is not a run folder", fix="give the folder of a run, or a recipe")
+        if overrides:
+            raise ConfigError(f"override {overrides[0]!r}: a run is what it is", fix="give its recipe instead")
+        yield Recipe.parse(plain, str(run.recipe_path)), run.path
+        return
+    recipe = Recipe.load(name, overrides)
+    with tempfile.TemporaryDirectory(prefix="octavo-data-") as scratch:
+        console = Console()
+        console.note(f"preparing the data of {recipe.name} in a temporary folder (`octavo run` would keep them)")
+        made = Pipeline(recipe, RunFolder(scratch), console, StopSignal(), workers)
+        made.data()
+        made.tokenizer()
+        yield recipe, Path(scratch)
 
 
 @app.command()

@@ -177,6 +177,12 @@ class Loader:
         made = ahead[1].result() if ahead is not None else None
         return made if made is not None and ahead is not None and ahead[0] == key else self._make(*key)
 
+    def places(self, step: int, n: int) -> list[tuple[Packed, int, int]]:
+        """Of the first ``n`` rows of a step (of all ranks): data set, epoch and number in it."""
+        start = step * self.rows
+        source, epoch, row = self.order(start, start + min(n, self.rows))
+        return [(self.datasets[s], int(e), int(r)) for s, e, r in zip(source, epoch, row, strict=True)]
+
     def prefetch(self, step: int, rank: int = 0, world: int = 1) -> None:
         """Begin to make a batch in the background; the next call of ``batch`` takes it if it is that one."""
         if self._thread is None:

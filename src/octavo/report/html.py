@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import html
+import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+from octavo.errors import ConfigError
 from octavo.report import words
 
 # No script runs, nothing is fetched, nothing is sent; style attributes and inline drawings are allowed.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+GENERATOR = "Octavo"
+GENERATOR_MARK = f'<meta name="generator" content="{GENERATOR}">'
 VOID = frozenset(("meta", "br"))
 
 Child = object
@@ -71,6 +76,21 @@ def slug(title: str) -> str:
     return "-".join("".join(char if char.isalnum() else " " for char in title.lower()).split())
 
 
+def check_ours(path: str | os.PathLike[str]) -> None:
+    """Refuse to write a page over a file that is not one of ours.
+
+    Raises:
+        ConfigError: there is such a file, or a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder", fix="give the name of a file")
+    if path.exists() and GENERATOR_MARK.encode() not in path.read_bytes()[:4096]:
+        raise ConfigError(
+            f"{path} is not a page of Octavo and stays as it is", fix="give another name, or move it away"
+        )
+
+
 def document(title: str, style: str, *body: Child) -> str:
     """A whole page in one file, ``style`` being our own style sheet."""
     head = tag(
@@ -79,6 +99,7 @@ def document(title: str, style: str, *body: Child) -> str:
         Html(f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="color-scheme", content="light dark"),
+        tag("meta", name="generator", content=GENERATOR),
         tag("title", title),
         tag("style", Html(style)),
     )
