@@ -90,7 +90,8 @@ def after_a_kill(folder: Path, before: int | None, allowed: set[int], half_is_ne
     failures += [f"{name} is left" for name in names(folder) if ".tmp-" in name]
     try:
         save(folder, recovered.step + 1000, run_id="next")
-        assert checkpoint.recover(folder).step == recovered.step + 1000
+        again = checkpoint.recover(folder)
+        assert again is not None and again.step == recovered.step + 1000
     except Exception as error:
         failures.append(f"the next save: {error}")
     return failures

@@ -211,7 +211,11 @@ def _rotate(folder: Path, step: int, keep: int) -> None:
     later = [path for number, path in _steps(folder) if number > step]
     kept = [path for path in earlier if _looks_whole(path)][: keep - 1]
     spare = [path for path in earlier if path not in kept] if len(kept) == keep - 1 else []
-    for path in (*later, *spare, *folder.glob("damaged-*")):
+    for path in later:
+        _discard(path)
+    if later:
+        fsync_path(folder)
+    for path in (*spare, *folder.glob("damaged-*")):
         _discard(path)
 
 
@@ -357,7 +361,10 @@ def recover(folder: str | os.PathLike[str]) -> Checkpoint | None:
     """
     folder = Path(folder)
     try:
-        _clear_leftovers(folder)
+        if folder.is_dir():  # a killed process may have renamed a step and not come to force its name to disk
+            fsync_path(folder)
+            fsync_path(folder.parent)
+            _clear_leftovers(folder)
         found = newest(folder)
         for path in found.damaged if found else ():
             failpoint("recover.damaged")
