@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -42,6 +43,7 @@ class MetricsFile:
         try:
             self._digest = hashlib.sha256()
             self._bytes = 0
+            self._waiting = b""
             while self._bytes < keep_bytes:
                 block = os.pread(self._descriptor, min(1 << 20, keep_bytes - self._bytes), self._bytes)
                 if not block:
@@ -62,19 +64,27 @@ class MetricsFile:
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line; a number that is not finite becomes null. Survives a kill at once.
 
-        Raises:
-            ResourceError: the disk refused. What stands of the line is cut off on resume.
+        A line that the disk refuses waits for the next one, so that a disk that is full for a while costs nothing;
+        ``position`` and ``close`` say so if it still is.
         """
         plain = {
             key: None if isinstance(value, float) and value - value != 0 else value for key, value in record.items()
         }
         line = json.dumps(plain, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        self._waiting += line
+        with contextlib.suppress(OSError):
+            self._flush()
+
+    def _flush(self) -> None:
         try:
-            write_all(self._descriptor, line)
-        except OSError as error:
-            raise self._refused(error) from error
-        self._digest.update(line)
-        self._bytes += len(line)
+            write_all(self._descriptor, self._waiting)
+        except OSError:
+            with contextlib.suppress(OSError):  # no half line for readers; the next try begins where it began
+                os.ftruncate(self._descriptor, self._bytes)
+            raise
+        self._digest.update(self._waiting)
+        self._bytes += len(self._waiting)
+        self._waiting = b""
 
     def position(self) -> dict[str, Any]:
         """Where the file stands, for the checkpoint; the lines up to here are on disk on return.
@@ -83,6 +93,7 @@ class MetricsFile:
             ResourceError: the disk refused.
         """
         try:
+            self._flush()
             os.fsync(self._descriptor)
             fsync_path(self.path.parent)
         except OSError as error:
@@ -97,7 +108,18 @@ class MetricsFile:
         )
 
     def close(self) -> None:
-        if self._descriptor >= 0:
+        """Write what waits, and close.
+
+        Raises:
+            ResourceError: the disk still refuses.
+        """
+        if self._descriptor < 0:
+            return
+        try:
+            self._flush()
+        except OSError as error:
+            raise self._refused(error) from error
+        finally:
             os.close(self._descriptor)
             self._descriptor = -1
 
@@ -105,7 +127,8 @@ class MetricsFile:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        with contextlib.suppress(ResourceError) if exception[0] else contextlib.nullcontext():
+            self.close()
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -279,16 +279,25 @@ def test_lines_survive_a_kill_and_step_0_empties_the_file(tmp_path):
     assert read_metrics(tmp_path / "none") == []
 
 
-def test_a_full_disk_is_a_resource_error_and_the_half_line_goes(tmp_path):
+def test_lines_wait_for_a_full_disk_and_a_checkpoint_is_told(tmp_path):
     path = tmp_path / "metrics.jsonl"
 
     def work() -> None:
         with MetricsFile(path) as metrics:
             metrics.write(line(1))
-            (tmp_path / "position").write_text(json.dumps(metrics.position()))
             size = path.stat().st_size + 5
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
             metrics.write(line(2))
+            assert path.read_bytes().endswith(b"\n"), "half a line"
+            metrics.write(line(3))
+            with pytest.raises(ResourceError, match="could not be written") as caught:
+                metrics.position()
+            assert caught.value.exit_code == 6 and read_metrics(path) == [line(1)]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            metrics.write(line(4))
+            (tmp_path / "position").write_text(json.dumps(metrics.position()))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+            metrics.write(line(5))
 
     pid = os.fork()
     if pid == 0:
@@ -298,11 +307,11 @@ def test_a_full_disk_is_a_resource_error_and_the_half_line_goes(tmp_path):
             os._exit(error.exit_code)
         finally:
             os._exit(99)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 6
-    assert read_metrics(path) == [line(1)] and not path.read_bytes().endswith(b"\n")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 6, "closing with a line that waits is an error"
+    assert read_metrics(path) == [line(n) for n in (1, 2, 3, 4)]
     with MetricsFile(path, json.loads((tmp_path / "position").read_text())) as metrics:
-        metrics.write(line(2))
-    assert read_metrics(path) == [line(1), line(2)]
+        metrics.write(line(5))
+    assert read_metrics(path) == [line(n) for n in (1, 2, 3, 4, 5)]
 
 
 @pytest.mark.parametrize("damaged", ["shorter", "other"])
