@@ -9,17 +9,17 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from octavo import feed
 from octavo.batch import Batch
 from octavo.config import ChatData, Pretrained, Recipe, TuneConfig
 from octavo.data import chat, prepare
-from octavo.data.loader import Loader
-from octavo.data.pack import StreamRows, WholeRows
+from octavo.data.pack import StreamRows
 from octavo.data.shards import Shards, write_shards
 from octavo.errors import CheckpointError, ConfigError, DataError, StopRequested
 from octavo.eval.answers import Question, greedy
@@ -38,6 +38,19 @@ from octavo.training.loop import Held, Trainer
 from octavo.training.progress import Console
 from octavo.training.settings import TrainConfig
 from octavo.training.tracking import tensorboard
+
+A = TypeVar("A")
+T = TypeVar("T")
+
+
+@dataclass
+class Ready:
+    """A stage of training about to begin: the loop, what it reads, the model with its tokenizer."""
+
+    trainer: Trainer
+    rows: feed.Feed
+    lm: LanguageModel
+    seq_len: int
 
 
 @dataclass
@@ -60,19 +73,30 @@ class Pipeline:
         recipe, stages = self.recipe, self._stages()
         previous = fingerprint(recipe.seed)
         for i, (name, stage, settings) in enumerate(stages, 1):
-            if self.stop.requested:
-                raise StopRequested(f"{self.stop.reason}, before stage {name}", fix=f"go on with {self.resume_command}")
             previous = fingerprint(previous, name, settings)
             if self.folder.is_finished(name, previous):
                 self.console.kept(name, i, len(stages))
                 continue
             with self.console.stage(name, i, len(stages)):
                 began = self.console.clock()
-                result = stage()
+                result = self._went_through(name, stage)
                 seconds = round(self.console.clock() - began, 3)
                 self.folder.finish(name, previous, seconds=seconds, peak_memory_bytes=_peak_memory(), **(result or {}))
         scores = self.folder.path / "scores.json"
         return summary(json.loads(scores.read_text(encoding="utf-8"))) if scores.is_file() and recipe.eval else {}
+
+    def _went_through(self, name: str, stage: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | None:
+        """A stage's facts; what ends it early in words of the user's."""
+        try:
+            self.stop.check(f"before stage {name}")
+            # Scores and the page are written in one step at the end: nothing is lost by breaking them off.
+            with self.stop.at_once() if name in ("eval", "report") else nullcontext():
+                return stage()
+        except StopRequested as error:
+            if error.fix:
+                raise
+            what = error.what if error.what != self.stop.reason else f"{error.what}, in stage {name}"
+            raise StopRequested(what, fix=f"go on with {self.resume_command}", kept="all finished stages") from None
 
     def _stages(self) -> list[tuple[str, Callable[[], dict[str, Any] | None], Any]]:
         """Name, work and what decides its result, in order."""
@@ -156,7 +180,7 @@ class Pipeline:
             tokenizer = Tokenizer.load(find_model(recipe.model.path))
         else:
             texts: Iterator[str] = prepare.iter_texts(data, "train") if recipe.data is not None else iter(())
-            tokenizer = train_tokenizer(recipe.tokenizer, self._stoppable(texts))
+            tokenizer = train_tokenizer(recipe.tokenizer, self._stoppable(texts, "while reading text"))
         tokenizer.save(target)
         pretrained = isinstance(recipe.model, Pretrained.Config)
         kind = "the model's own" if pretrained else recipe.tokenizer.kind
@@ -176,29 +200,18 @@ class Pipeline:
 
     def pretrain(self) -> dict[str, Any]:
         """Train on the shards; the result is base/ (or model/ when nothing follows)."""
-        recipe, config = self.recipe, self.recipe.train
-        if config is None:
-            return {}
-        tokenizer = self._tokenizer()
-        model = self._start(tokenizer)
-        seq_len = feed.seq_len_of(config, model.max_seq_len)
-        rows = feed.pretraining(recipe, self.folder.path, seq_len)
-        source = rows.source
+        recipe, ready = self.recipe, self.ready("pretrain")
+        config, source, seq_len = ready.trainer.config, ready.rows.source, ready.seq_len
         epochs = config.steps / source.steps_per_epoch
         self.console.note(
-            f"{cost(model).parameters:,} parameters; {config.steps:,} steps of {source.rows * seq_len:,} tokens, "
-            f"{epochs:.2f} passes over {rows.tokens:,} tokens; {config.precision}, "
+            f"{cost(ready.lm.model).parameters:,} parameters; {config.steps:,} steps of {source.rows * seq_len:,} "
+            f"tokens, {epochs:.2f} passes over {ready.rows.tokens:,} tokens; {config.precision}, "
             f"{'compiled' if config.compile == 'step' else 'not compiled'}, {config.threads} threads"
         )
-        scale = None
-        if isinstance(rows.valid, StreamRows):
-            held_out = rows.valid.shards
-            scale = (held_out.n_tokens - held_out.n_documents) / max(1, held_out.n_bytes) / math.log(2)
-        figures = self._fit("pretrain", model, source, config, rows.valid, scale, tokenizer)
-        LanguageModel(model, tokenizer).save(self.folder.base_path if recipe.tune else self.folder.model_path)
-        per_token = cost(model, seq_len).train_flops // seq_len
+        figures = ready.trainer.fit()
+        ready.lm.save(self.folder.base_path if recipe.tune else self.folder.model_path)
         return {
-            "train_flops_per_token": per_token,
+            "train_flops_per_token": ready.trainer.held.train_flops_per_token,
             "epochs": round(epochs, 4),
             "tokens": config.steps * source.rows * seq_len,
             **_finite(figures),
@@ -206,25 +219,79 @@ class Pipeline:
 
     def tune(self) -> dict[str, Any]:
         """Instruction tuning: conversations through the one renderer, loss on the assistant's words."""
-        recipe, config = self.recipe, self.recipe.tune
-        if config is None:
-            return {}
-        tokenizer = self._tokenizer()
-        model = self._start(tokenizer)
-        if recipe.train:  # base/ has the weights; what only matters in training (dropout) is the recipe's
-            model.load_state_dict(load(self.folder.base_path).model.state_dict())
-        seq_len = feed.seq_len_of(config, model.max_seq_len)
-        rows = feed.tuning(recipe, tokenizer, seq_len, keep=self.folder.path / "tune" / "data")
+        ready = self.ready("tune")
+        rows, steps = ready.rows, ready.trainer.config.steps
         self.console.note(
-            f"{len(rows.conversations):,} conversations, {rows.tokens:,} trained tokens; {config.steps:,} steps, "
-            f"{config.steps / rows.source.steps_per_epoch:.2f} passes"
+            f"{len(rows.conversations):,} conversations, {rows.tokens:,} trained tokens; {steps:,} steps, "
+            f"{steps / rows.source.steps_per_epoch:.2f} passes"
         )
         for line in rows.notices:
             self.console.warn(line)
-        figures = self._fit("tune", model, rows.source, config, rows.valid, None, tokenizer)
-        LanguageModel(model, tokenizer).save(self.folder.model_path)
-        told = {"told": self._told(config.data)} if isinstance(config.data, ChatData) else {}
+        figures = ready.trainer.fit()
+        ready.lm.save(self.folder.model_path)
+        data = self.recipe.tune.data if self.recipe.tune else None
+        told = {"told": self._told(data)} if isinstance(data, ChatData) else {}
         return {**told, "conversations": len(rows.conversations), "trained_tokens": rows.tokens, **_finite(figures)}
+
+    def ready(self, stage: str, folder: Path | None = None) -> Ready:
+        """All that the pretraining or the tuning needs, from the files of the run.
+
+        Args:
+            folder: where metrics and checkpoints are written instead of the run, which then is only read.
+        """
+        recipe = self.recipe
+        config = recipe.train if stage == "pretrain" else recipe.tune
+        if config is None:
+            raise ConfigError(f"the recipe has no stage {stage}", fix="add its section, or name another stage")
+        tokenizer = self._tokenizer()
+        model = self._start(tokenizer)
+        if stage == "tune" and recipe.train:  # base/ has the weights; what only matters in training is the recipe's
+            model.load_state_dict(load(self.folder.base_path).model.state_dict())
+        seq_len = feed.seq_len_of(config, model.max_seq_len)
+        scale = None
+        if stage == "pretrain":
+            rows = feed.pretraining(recipe, self.folder.path, seq_len)
+            if isinstance(rows.valid, StreamRows):
+                held_out = rows.valid.shards
+                scale = (held_out.n_tokens - held_out.n_documents) / max(1, held_out.n_bytes) / math.log(2)
+        else:
+            keep = self.folder.path / "tune" / "data" if folder is None else None
+            rows = feed.tuning(recipe, tokenizer, seq_len, keep=keep)
+        own = folder or self.folder.path / stage
+        make_folder(own)
+        lm = LanguageModel(model, tokenizer)
+        looked_at = feed.validation_batches(rows.valid, rows.source, config) if rows.valid is not None else ()
+        held = Held(
+            folder=own,
+            run_id=self.folder.id,
+            console=self.console,
+            stop=self.stop,
+            resume_command=self.resume_command,
+            valid=[Batch.from_numpy(arrays, config.device) for arrays in looked_at],
+            valid_nats_per_bit_byte=scale,
+            sample=self._sampler(lm, config) if config.sample_prompts else None,
+            train_flops_per_token=cost(model, seq_len).train_flops // seq_len,
+            started_from=self._started_from(stage),
+            tensorboard=tensorboard(own) if config.tensorboard and folder is None else None,
+        )
+        objective = OBJECTIVES[config.objective.kind](config.objective)
+        return Ready(Trainer(model, rows.source, objective, config, held, recipe.seed), rows, lm, seq_len)
+
+    def _sampler(self, lm: LanguageModel, config: TrainConfig) -> Callable[[], list[dict[str, str]]]:
+        """What writes a few texts now and then; asked to stop, it stops between two tokens."""
+        questions = [[{"role": "user", "content": prompt}] for prompt in config.sample_prompts]
+        prompts = questions if isinstance(config, TuneConfig) else list(config.sample_prompts)
+        how = SamplingConfig(
+            max_new_tokens=config.sample_tokens, temperature=config.sample_temperature, seed=self.recipe.seed
+        )
+
+        def sample() -> list[dict[str, str]]:
+            return [
+                {"prompt": text, "text": "".join(self._stoppable(lm.stream(prompt, how), "while sampling"))}
+                for text, prompt in zip(config.sample_prompts, prompts, strict=True)
+            ]
+
+        return sample
 
     def evaluate(self) -> dict[str, Any]:
         """Bits per byte next to the n-gram baseline, and answers to held-out questions."""
@@ -239,14 +306,14 @@ class Pipeline:
         if recipe.data is not None and feed.has_held_out(self.folder.path):
             held_out = Shards.open(data / "valid")
             result = evaluate(
-                logits_fn=base.logits,
+                logits_fn=self._polled(base.logits),
                 max_seq_len=base.max_seq_len,
                 tokenizer=base.tokenizer,
                 held_out=held_out,
                 trained_on=Shards.open(data / "train") if recipe.train else None,
                 config=config,
                 questions=questions,
-                generate_fn=greedy(final.model, final.tokenizer),
+                generate_fn=self._polled(greedy(final.model, final.tokenizer)),
                 vocab_size=base.model.vocab_size,
                 n_bytes=held_out.n_bytes,
                 about=facts_,
@@ -264,47 +331,6 @@ class Pipeline:
         page = build_report(self.folder.path)
         self.console.note(str(page))
         return {}
-
-    def _fit(
-        self, stage: str, model: Decoder, source: Loader, config: TrainConfig, valid: StreamRows | WholeRows | None,
-        scale: float | None, tokenizer: Tokenizer,
-    ) -> dict[str, float]:  # fmt: skip
-        batches = []
-        if valid is not None:
-            for arrays in feed.validation_batches(valid, source, config):
-                batches.append(Batch.from_numpy(arrays, config.device))
-        lm = LanguageModel(model, tokenizer)
-        questions = [[{"role": "user", "content": prompt}] for prompt in config.sample_prompts]
-        prompts = questions if isinstance(config, TuneConfig) else list(config.sample_prompts)
-
-        how = SamplingConfig(
-            max_new_tokens=config.sample_tokens, temperature=config.sample_temperature, seed=self.recipe.seed
-        )
-
-        def sample() -> list[dict[str, str]]:
-            return [
-                {"prompt": text, "text": lm.generate(prompt, how)}
-                for text, prompt in zip(config.sample_prompts, prompts, strict=True)
-            ]
-
-        folder = self.folder.path / stage
-        make_folder(folder)
-        seq_len = feed.seq_len_of(config, model.max_seq_len)
-        held = Held(
-            folder=folder,
-            run_id=self.folder.id,
-            console=self.console,
-            stop=self.stop,
-            resume_command=self.resume_command,
-            valid=batches,
-            valid_nats_per_bit_byte=scale,
-            sample=sample if config.sample_prompts else None,
-            train_flops_per_token=cost(model, seq_len).train_flops // seq_len,
-            started_from=self._started_from(stage),
-            tensorboard=tensorboard(folder) if config.tensorboard else None,
-        )
-        objective = OBJECTIVES[config.objective.kind](config.objective)
-        return Trainer(model, source, objective, config, held, self.recipe.seed).fit()
 
     def _started_from(self, stage: str) -> str:
         """The hash of the weights a stage begins with; empty for fresh ones, which the seed decides."""
@@ -340,11 +366,17 @@ class Pipeline:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return [Question.read(row, str(path)) for row in rows]
 
-    def _stoppable(self, texts: Iterator[str]) -> Iterator[str]:
-        for text in texts:
-            if self.stop.requested:
-                raise StopRequested(f"{self.stop.reason}, while reading text", fix=f"go on with {self.resume_command}")
-            yield text
+    def _stoppable(self, items: Iterable[T], where: str) -> Iterator[T]:
+        for item in items:
+            self.stop.check(where)
+            yield item
+
+    def _polled(self, work: Callable[[A], T]) -> Callable[[A], T]:
+        def polled(argument: A) -> T:
+            self.stop.check("in stage eval")  # the time limit; a signal comes by itself
+            return work(argument)
+
+        return polled
 
     @contextmanager
     def _bytes_bar(self) -> Iterator[Callable[[str, int, int], None]]:
@@ -358,8 +390,7 @@ class Pipeline:
                 bar = self.console.bar(total or None, "byte", what)
             bar.update(now - done)
             done = now
-            if self.stop.requested:
-                raise StopRequested(f"{self.stop.reason}, while preparing", fix=f"go on with {self.resume_command}")
+            self.stop.check("while preparing")
 
         try:
             yield progress

@@ -298,12 +298,13 @@ def test_tuning_keeps_the_dropout_of_the_recipe(tmp_path, monkeypatch):
     raw["model"]["blocks"]["block"]["dropout"] = 0.25
     seen = {}
 
-    def look(self, stage, model, *rest):
-        seen[stage] = model.stack()[0].config.dropout
-        return real(self, stage, model, *rest)
+    def look(self, stage, *rest):
+        ready = real(self, stage, *rest)
+        seen[stage] = ready.lm.model.stack()[0].config.dropout
+        return ready
 
-    real = pipeline.Pipeline._fit
-    monkeypatch.setattr(pipeline.Pipeline, "_fit", look)
+    real = pipeline.Pipeline.ready
+    monkeypatch.setattr(pipeline.Pipeline, "ready", look)
     go(raw, tmp_path / "run")
     assert seen == {"pretrain": 0.25, "tune": 0.25}
 

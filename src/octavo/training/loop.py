@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,16 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from octavo.batch import Batch
-from octavo.errors import CheckpointError, NumericError, ResourceError, StopRequested
-from octavo.files import write_json
+from octavo.errors import CheckpointError, ResourceError, StopRequested
 from octavo.metrics_file import MetricsFile
 from octavo.objectives.contract import Objective
 from octavo.stop import StopSignal
 from octavo.training import checkpoint
 from octavo.training.machine import DTYPES, matmul_peak, set_threads, use_compile_cache
-from octavo.training.optim import OPTIMIZERS, Optimizer
-from octavo.training.progress import Console
-from octavo.training.random_state import capture_random, restore_random
+from octavo.training.numeric import Guard, not_finite
+from octavo.training.optim import Optimizer
+from octavo.training.optimizers import OPTIMIZERS
+from octavo.training.progress import Bar, Console
+from octavo.training.random_state import capture_random, restore_random, step_seed
 from octavo.training.schedule import SCHEDULES, Schedule
 from octavo.training.settings import TrainConfig
 
@@ -78,16 +80,21 @@ class Trainer:
         if config.activation_checkpointing:
             recompute_blocks(model)
         self.dtype = DTYPES[config.precision]
-        self.optimizer: Optimizer = OPTIMIZERS[config.optimizer.kind](config.optimizer, model, self.dtype)
+        make = OPTIMIZERS[config.optimizer.kind]
+        self.optimizer: Optimizer = make(config.optimizer, model, self.dtype, config.average)
         self.schedule: Schedule = SCHEDULES[config.schedule.kind](config.schedule)
         self.forward: Callable[[Batch], Tensor] = self._loss_sum
         if config.compile == "step":
             use_compile_cache()
             self.forward = torch.compile(self._loss_sum, dynamic=False)
+        self.compiling = config.compile == "step"  # until the first gradient is there; it may be broken off
         self.step = self.tokens_seen = 0
-        self.skipped: list[int] = []
+        self.guard = Guard(config, self.optimizer, held.folder, held.run_id, held.console)
+        self.figures: dict[str, float] = {}
+        self.due: list[str] = []  # looks at the model that a stop broke off
         self.failed_saves = 0
         self.last_saved = -1
+        self.stops = 0  # saves that only a stop asked for, since the last that was due
 
     def _loss_sum(self, batch: Batch) -> Tensor:
         outputs = self.model(batch.inputs(), needs=self.objective.needs)
@@ -106,6 +113,8 @@ class Trainer:
             return 0.0, 0.0
         total = 0.0
         for part in batch.split(self.config.micro_batch_rows or batch.rows):
+            if self.held.stop.overdue:
+                self.held.stop.check()
             loss = self.forward(part) / weight
             loss.backward()
             self.optimizer.gather()
@@ -116,95 +125,111 @@ class Trainer:
         """Do one optimizer step; returns its figures."""
         step, config = self.step, self.config
         # Random numbers (dropout) belong to the step, not to the history of the process.
-        torch.manual_seed(_mix(self.seed, step))
+        torch.manual_seed(step_seed(self.seed, step))
         batch = Batch.from_numpy(self.source.batch(step), config.device)
-        loss, norm = self.gradient(batch)
+        with self.held.stop.at_once() if self.compiling else nullcontext():
+            loss, norm = self.gradient(batch)
+        self.compiling = False
         lr = config.optimizer.lr * self.schedule.factor(step, config.steps)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            self._bad_numbers(step, loss, norm)
+        sigmas = self.guard.sigmas(loss)
+        if trouble := self.guard.trouble(step, loss, norm, sigmas):
+            if self.guard.refuse(trouble, step, self.seed, batch, loss, norm) == "rollback":
+                self._roll_back()
         else:
             clip = 1.0 if config.clip_norm is None or norm <= config.clip_norm else config.clip_norm / (norm + 1e-6)
             self.optimizer.step(lr, clip)
         self.step += 1
         self.tokens_seen += int(batch.valid.sum())
-        return {"loss": loss, "grad_norm": norm, "lr": lr}
-
-    def _bad_numbers(self, step: int, loss: float, norm: float) -> None:
-        """A loss or gradient that is not finite never reaches the weights."""
-        where = self.held.folder / "nan" / f"step-{step:08d}.json"
-        where.parent.mkdir(parents=True, exist_ok=True)
-        groups = self.optimizer.groups
-        named = [(n, g) for group in groups for n, g in zip(group.names, group.views(group.total), strict=True)]
-        norms = {name: float(grad.norm()) for name, grad in named}
-        bad = {name: value for name, value in norms.items() if not math.isfinite(value)}
-        write_json(where, {
-                           "step": step, "seed": self.seed, "loss": repr(loss), "grad_norm": repr(norm),
-                           "not_finite": sorted(bad), "grad_norms": {n: repr(v) for n, v in norms.items()},
-        })  # fmt: skip
-        self.optimizer.clear()
-        self.skipped = [s for s in self.skipped if s > step - 100] + [step]
-        if self.config.on_nan == "stop" or len(self.skipped) > self.config.max_skips:
-            raise NumericError(
-                f"the loss is {loss} and the gradient norm {norm} at step {step}",
-                where=str(where),
-                fix="lower the learning rate, use precision fp32, or set on_nan to skip",
-                kept="no weight took this step; the last checkpoint is whole",
-            )
-        self.held.console.warn(f"step {step} skipped: loss {loss}, gradient norm {norm} ({where})")
+        return {"loss": loss, "grad_norm": norm, "lr": lr, "spike": sigmas}
 
     # ------------------------------------------------------------------------------------- the loop
 
-    def fit(self) -> dict[str, float]:
+    def fit(self, until: int | None = None) -> dict[str, float]:
         """Train to the last step, from the newest checkpoint if there is one; the model ends in fp32.
+
+        Args:
+            until: leave off after this step, saved, as if the run had been stopped there.
+
+        Returns:
+            The figures of the last step and of the last validation.
 
         Raises:
             StopRequested: a signal or the time limit; everything is saved.
-            NumericError: a loss or gradient that is not finite.
+            NumericError: a loss, gradient or weight that is not finite.
             CheckpointError: the folder holds another run's or only damaged checkpoints.
             ResourceError: three saves in a row failed.
         """
-        held, config, console = self.held, self.config, self.held.console
+        held = self.held
         position = self._resume()
-        peak = matmul_peak(self.dtype) if held.train_flops_per_token and config.device == "cpu" else 0.0
         metrics = MetricsFile(held.folder / "metrics.jsonl", position)
         for notice in metrics.notices:
-            console.warn(notice)
-        figures: dict[str, float] = {}
+            held.console.warn(notice)
         self.model.train()
-        with metrics, console.bar(config.steps, "step", done=self.step) as bar:
-            mark, marked = time.perf_counter(), self.tokens_seen
-            while self.step < config.steps:
-                if held.stop.requested:
-                    self._stop(metrics)
-                figures = self._guarded_step()
-                n = self.step
-                if n < config.steps:
-                    self.source.prefetch(n)
-                seconds = time.perf_counter() - mark
-                rate = (self.tokens_seen - marked) / max(seconds, 1e-9)
-                shown = {**figures, "tokens_per_second": rate}
-                if peak:
-                    shown["mfu"] = rate * held.train_flops_per_token / peak
-                bar.update(1, **shown)
-                if n % config.log_every == 0 or n == config.steps:
-                    self._log(metrics, {"kind": "train", "step": n, "tokens_seen": self.tokens_seen, **shown,
-                                        "seconds": seconds})  # fmt: skip
-                    mark, marked = time.perf_counter(), self.tokens_seen
-                if held.valid and (n % config.valid_every == 0 or n == config.steps):
-                    valid = self.validate()
-                    console.valid(n, **valid)
-                    self._log(metrics, {"kind": "valid", "step": n, "tokens_seen": self.tokens_seen, **valid})
-                    figures |= {f"valid_{k}": v for k, v in valid.items()}
-                if held.sample is not None and (n % config.sample_every == 0 or n == config.steps):
-                    self._sample(metrics, held.sample)
-                if n % config.save_every == 0 or n == config.steps:
-                    self._save(metrics)
-                if n % config.log_every:
-                    continue
-                mark, marked = time.perf_counter(), self.tokens_seen  # looking in is not training time
+        with metrics, held.console.bar(self.config.steps, "step", done=self.step) as bar:
+            try:
+                self._train(metrics, bar, min(until or self.config.steps, self.config.steps))
+            except StopRequested:
+                self.optimizer.clear()  # of a step that was given up
+                self._save(metrics, last=True)
+                raise StopRequested(
+                    f"{held.stop.reason}, saved at step {self.step} of {self.config.steps}",
+                    fix=f"go on with {held.resume_command}",
+                    kept=str(held.folder / "checkpoints"),
+                ) from None
         self.optimizer.release()
         self.model.eval()
-        return figures
+        return self.figures
+
+    def _train(self, metrics: MetricsFile, bar: Bar, last: int) -> None:
+        held, config = self.held, self.config
+        peak = matmul_peak(self.dtype) if held.train_flops_per_token and config.device == "cpu" else 0.0
+        self._look_in(metrics)  # what a stop broke off
+        if config.on_nan == "rollback" and self.last_saved < 0:
+            self._save(metrics)  # the weights to go back to before the first save
+        mark, marked = time.perf_counter(), self.tokens_seen
+        while self.step < last:
+            held.stop.check()
+            self.figures = self._guarded_step()
+            n = self.step
+            if n < config.steps:
+                self.source.prefetch(n)
+            seconds = time.perf_counter() - mark
+            rate = (self.tokens_seen - marked) / max(seconds, 1e-9)
+            shown = {**self.figures, "tokens_per_second": rate}
+            if peak:
+                shown["mfu"] = rate * held.train_flops_per_token / peak
+            bar.update(1, **shown)
+            if n % config.log_every == 0 or n == config.steps:
+                self._log(metrics, {"kind": "train", "step": n, "tokens_seen": self.tokens_seen, **shown,
+                                    "seconds": seconds})  # fmt: skip
+                mark, marked = time.perf_counter(), self.tokens_seen
+            looks = {"valid": (held.valid, config.valid_every), "sample": (held.sample, config.sample_every)}
+            self.due = [name for name, (what, every) in looks.items() if what and (n % every == 0 or n == config.steps)]
+            self._look_in(metrics)
+            if n % config.save_every == 0 or n == last or self.guard.left_out == n - 1:
+                self._save(metrics)
+            if n % config.log_every:
+                continue
+            mark, marked = time.perf_counter(), self.tokens_seen  # looking in is not training time
+
+    def _look_in(self, metrics: MetricsFile) -> None:
+        """Validate and sample where that is due. A stop breaks it off: it is done again on resume."""
+        n = self.step
+        if "valid" in self.due:
+            valid = self.validate()
+            self.held.console.valid(n, **valid)
+            self._log(metrics, {"kind": "valid", "step": n, "tokens_seen": self.tokens_seen, **valid})
+            self.figures |= {f"valid_{k}": v for k, v in valid.items()}
+            self.due.remove("valid")
+        if "sample" in self.due and self.held.sample is not None:
+            self.model.eval()
+            with self.optimizer.averaged():
+                records = self.held.sample()
+            for record in records:
+                self.held.console.sample(record["text"], prompt=record["prompt"], step=n)
+                self._log(metrics, {"kind": "sample", "step": n, **record})
+            self.model.train()
+            self.due.remove("sample")
 
     def _guarded_step(self) -> dict[str, float]:
         """A step; where compiled code cannot be built after all, say so once and go on without."""
@@ -216,6 +241,7 @@ class Trainer:
         try:
             return self.train_step()
         except (BackendCompilerFailed, InductorError, TorchDynamoException) as error:
+            self.held.stop.check()  # what the compiler reports may be the signal that broke it off
             reason = str(error).splitlines()[0][:120]
             self.held.console.warn(f"going on without compilation, slower: {type(error).__name__}: {reason}")
             self.optimizer.clear()
@@ -227,21 +253,16 @@ class Trainer:
         """Mean loss over the held-out batches; bits-per-byte where the bytes of a token are known."""
         self.model.eval()
         total = weight = 0.0
-        for batch in self.held.valid:
-            for part in batch.split(self.config.micro_batch_rows or batch.rows):
-                total += float(self._loss_sum(part))
-                weight += float(self.objective.weight(part))
+        with self.optimizer.averaged():
+            for batch in self.held.valid:
+                for part in batch.split(self.config.micro_batch_rows or batch.rows):
+                    self.held.stop.check()
+                    total += float(self._loss_sum(part))
+                    weight += float(self.objective.weight(part))
         self.model.train()
         loss = total / max(weight, 1.0)
         scale = self.held.valid_nats_per_bit_byte
         return {"loss": loss} | ({"bits_per_byte": loss * scale} if scale else {})
-
-    def _sample(self, metrics: MetricsFile, sample: Callable[[], list[dict[str, str]]]) -> None:
-        self.model.eval()
-        for record in sample():
-            self.held.console.sample(record["text"], prompt=record["prompt"], step=self.step)
-            self._log(metrics, {"kind": "sample", "step": self.step, **record})
-        self.model.train()
 
     def _log(self, metrics: MetricsFile, record: dict[str, Any]) -> None:
         metrics.write(record)
@@ -257,7 +278,10 @@ class Trainer:
             "step": self.step,
             "updates": self.optimizer.updates,
             "tokens_seen": self.tokens_seen,
-            "skipped": self.skipped,
+            "due": self.due,
+            "stops": self.stops,
+            "figures": {name: value for name, value in self.figures.items() if math.isfinite(value)},
+            "guard": self.guard.state(),
             "seed": self.seed,
             "source": self.source.fingerprint,
             "started_from": self.held.started_from,
@@ -269,6 +293,11 @@ class Trainer:
         held = self.held
         if self.last_saved == self.step:
             return
+        if bad := not_finite(self.optimizer.tensors()):
+            self.guard.refuse_weights(self.step, bad)
+            self._roll_back()
+        stops = self.stops
+        self.stops = stops + 1 if last else 0
         try:
             checkpoint.save(
                 held.folder / "checkpoints",
@@ -276,11 +305,12 @@ class Trainer:
                 dict(self.optimizer.tensors()),
                 self._state(metrics),
                 run_id=held.run_id,
-                keep=self.config.keep_checkpoints,
+                keep=self.config.keep_checkpoints + self.stops,
             )
             self.failed_saves, self.last_saved = 0, self.step
         except ResourceError as error:
             # One failed save loses nothing yet: the disk may have room again at the next.
+            self.stops = stops
             self.failed_saves += 1
             if last or self.failed_saves >= MAX_FAILED_SAVES or self.step == self.config.steps:
                 raise
@@ -310,26 +340,41 @@ class Trainer:
                 f"{found.path} holds other weights than this model: {', '.join(wrong[:5])}",
                 fix="use a new run folder for another model",
             )
-        if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+        if bad := not_finite(tensors.items()):
             raise CheckpointError(
                 f"{found.path} holds numbers that are not finite: {', '.join(bad[:5])}",
                 fix="remove this step, the one before it is then gone on from",
             )
         self.optimizer.restore(tensors, state["updates"])
-        self.step, self.tokens_seen, self.skipped = state["step"], state["tokens_seen"], state["skipped"]
+        self.step, self.tokens_seen = state["step"], state["tokens_seen"]
+        self.stops = state.get("stops", 0)
+        self.due, self.figures = list(state.get("due", ())), dict(state.get("figures", {}))
+        self.guard.restore(state.get("guard", {}))
         self.last_saved = self.step
         restore_random(state["random"])
         if self.step:
             held.console.note(f"going on from step {self.step} ({found.path.name})")
         return state["metrics"]
 
-    def _stop(self, metrics: MetricsFile) -> None:
-        self._save(metrics, last=True)
-        raise StopRequested(
-            f"{self.held.stop.reason}, saved at step {self.step} of {self.config.steps}",
-            fix=f"go on with {self.held.resume_command}",
-            kept=str(self.held.folder / "checkpoints"),
-        )
+    def _roll_back(self) -> None:
+        """Take back the weights and moments of the last save that was due; the steps since then are left out.
+
+        A save that only a stop asked for does not count: a run that was stopped leaves out the same steps.
+        """
+        whole = saved_steps(self.held.folder / "checkpoints")
+        for path in whole:
+            tensors, state = checkpoint.load(path)
+            if state.get("stops", 0) == 0 or path == whole[-1]:
+                self.optimizer.restore(tensors, state["updates"])
+                self.guard.rolled_back.append([state["step"], self.step])
+                return
+        raise CheckpointError("there is no step to roll back to", fix="set on_nan to stop or skip")
+
+
+def saved_steps(folder: Path) -> list[Path]:
+    """The steps in a ``checkpoints`` folder that verify, the newest first."""
+    steps = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return [path for path in sorted(steps, reverse=True) if not checkpoint.verify(path)]
 
 
 def recompute_blocks(model: nn.Module) -> None:
@@ -341,11 +386,3 @@ def recompute_blocks(model: nn.Module) -> None:
         block.forward = lambda *args, _inner=inner: (
             rerun(_inner, *args, use_reentrant=False) if torch.is_grad_enabled() else _inner(*args)
         )
-
-
-def _mix(seed: int, step: int) -> int:
-    """A 63-bit number from two (splitmix64's finaliser), so that near seeds and steps share nothing."""
-    z = (seed * 0x9E3779B97F4A7C15 + step + 1) & 0xFFFFFFFFFFFFFFFF
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-    return (z ^ (z >> 31)) >> 1

@@ -1,4 +1,4 @@
-"""The state of every global random generator as JSON-able text, so that a checkpoint needs no pickle."""
+"""Random numbers that can be drawn again: the seed of a step, and the state of every global generator as JSON."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ from octavo.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
+
+
+def step_seed(seed: int, step: int) -> int:
+    """A 63-bit number from two (splitmix64's finaliser), so that near seeds and steps share nothing."""
+    z = (seed * 0x9E3779B97F4A7C15 + step + 1) & 0xFFFFFFFFFFFFFFFF
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return (z ^ (z >> 31)) >> 1
 
 
 def capture_random() -> dict[str, Any]:
