@@ -25,6 +25,9 @@ GPT2 = {"vocab_size": V, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions":
         "bos_token_id": None, "eos_token_id": None}  # fmt: skip
 WINDOWED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 THETA = {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
+PART = {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5}
+LONG = {"rope_type": "longrope", "rope_theta": 10000.0,
+        "short_factor": [1.0, 1.1, 1.5, 2.0], "long_factor": [1.5, 3.0, 7.0, 30.0]}  # fmt: skip
 
 CASES = {
     "gpt2": transformers.GPT2Config(**GPT2),
@@ -42,6 +45,26 @@ CASES = {
     ),
     "qwen3": transformers.Qwen3Config(**SHAPE, head_dim=12, tie_word_embeddings=True),
     "qwen3 window": transformers.Qwen3Config(**SHAPE, **WINDOWED, **THETA, head_dim=8, attention_bias=True),
+    "mistral": transformers.MistralConfig(**SHAPE, **THETA, sliding_window=None),
+    "mistral window": transformers.MistralConfig(**SHAPE, sliding_window=4, head_dim=12, tie_word_embeddings=True),
+    "gemma2": transformers.Gemma2Config(
+        **SHAPE, **THETA, head_dim=12, sliding_window=4, query_pre_attn_scalar=5,
+        attn_logit_softcapping=0.5, final_logit_softcapping=1.5,
+    ),
+    "gemma2 uncapped": transformers.Gemma2Config(
+        **SHAPE | {"num_key_value_heads": 4}, head_dim=8, query_pre_attn_scalar=8, attention_bias=True,
+        tie_word_embeddings=False, attn_logit_softcapping=None, final_logit_softcapping=None,
+        layer_types=["full_attention"] * 3, hidden_activation="silu",
+    ),
+    "olmo2": transformers.Olmo2Config(**SHAPE, **THETA),
+    "olmo2 biased": transformers.Olmo2Config(
+        **SHAPE | {"num_key_value_heads": None}, attention_bias=True, tie_word_embeddings=True, rms_norm_eps=1e-3
+    ),
+    "phi3": transformers.Phi3Config(**SHAPE, **THETA, sliding_window=4),
+    "phi3 part": transformers.Phi3Config(**SHAPE, rope_parameters=PART, tie_word_embeddings=True),
+    "phi3 long": transformers.Phi3Config(
+        **SHAPE | {"num_key_value_heads": 4}, rope_parameters=LONG, original_max_position_embeddings=24
+    ),
 }  # fmt: skip
 
 
@@ -173,7 +196,7 @@ def test_saved_here_it_loads_there(pair, tmp_path, shard_bytes):
     )
     assert not [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[key]]
     # An untied Llama shape without biases can be said as Llama or Qwen: the class may differ, not the function.
-    assert family in ("llama", "qwen2", "qwen3", "gpt2")
+    assert family in ("llama", "qwen2", "qwen3", "gpt2", "mistral", "gemma2", "olmo2", "phi3")
     tokens = some_tokens()
     wanted = theirs(tokens).logits
     close(again.eval()(tokens).logits, wanted)
@@ -187,7 +210,7 @@ def test_saved_here_it_loads_there(pair, tmp_path, shard_bytes):
     assert list(mine.ids) == greedy.tolist()
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2 window", "qwen3"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2 window", "qwen3", "mistral", "gemma2", "olmo2", "phi3"])
 def test_sharded_by_transformers(name, tmp_path):
     theirs = reference(name)
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
@@ -197,7 +220,7 @@ def test_sharded_by_transformers(name, tmp_path):
         close(load_model(tmp_path)(Inputs(tokens)).logits, theirs(tokens).logits)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2", "gemma2", "phi3"])
 def test_a_base_model_without_prefix_and_head(name, tmp_path):
     """transformers writes the backbone alone without `model.` before its names; tied heads need no more."""
     theirs = reference(name)

@@ -32,6 +32,11 @@ class Family(ABC):
     ignored: tuple[str, ...] = ()  # patterns of tensors that hold no weights, such as stored masks
     optional_prefix: str = ""  # a prefix that some writers leave out
     head = "lm_head.weight"  # the output matrix, which tied checkpoints may or may not repeat
+    automatic = True  # may be chosen for a model that names no family
+
+    def of(self, hf: Mapping[str, Any]) -> Family:
+        """The generation of this family that a config.json is of, where one model_type has several."""
+        return self
 
     @abstractmethod
     def read(self, hf: Mapping[str, Any]) -> Decoder.Config:
@@ -75,6 +80,8 @@ def canonical(config: Decoder.Config) -> dict[str, Any]:
             mixer["n_kv_heads"] = mixer["n_kv_heads"] or mixer["n_heads"]
             mixer["head_dim"] = mixer["head_dim"] or config.d_model // mixer["n_heads"]
             mixer["scale"] = mixer["scale"] or mixer["head_dim"] ** -0.5
+            if mixer["qk_norm"] is None:
+                mixer.pop("qk_norm_over")
         if channel.get("kind") == "glu":
             channel["d_ff"] = channel["d_ff"] or -(-8 * config.d_model // 96) * 32
         elif channel.get("kind") == "mlp":

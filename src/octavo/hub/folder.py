@@ -10,19 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from octavo.errors import CheckpointError, ConfigError, did_you_mean
 from octavo.files import fsync_path, make_folder, write_json
 from octavo.hub.family import Entry, Family
+from octavo.hub.gemma2 import Gemma2
 from octavo.hub.gpt2 import GPT2
 from octavo.hub.llama import Llama
+from octavo.hub.minimind import MiniMind
+from octavo.hub.mistral import Mistral
+from octavo.hub.olmo2 import Olmo2
+from octavo.hub.phi3 import Phi3
 from octavo.hub.qwen import Qwen2, Qwen3
 from octavo.models.decoder import MODELS, Decoder, build
 from octavo.schema import component
 
 # The first that can say exactly what a model is gets to write it.
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (Llama(), Qwen2(), Qwen3(), GPT2())}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (Llama(), Qwen2(), Qwen3(), GPT2(), Mistral(), Gemma2(), Olmo2(), Phi3(), MiniMind())
+}
 NATIVE = "octavo"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
@@ -62,9 +71,14 @@ def model_config(hf: Mapping[str, Any]) -> Decoder.Config:
     try:
         if hf["model_type"] == NATIVE:
             return component(MODELS, hf["model"]["kind"]).Config.model_validate(hf["model"])
-        return family_of(hf["model_type"]).read(hf)
+        return family_of(hf["model_type"]).of(hf).read(hf)
     except KeyError as error:
         raise CheckpointError(f"config.json has no {error.args[0]}", fix="restore the file") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        said = f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
+        raise CheckpointError(f"config.json does not make sense: {said}", fix="restore the file") from None
     except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
         first = str(error).splitlines()[0]
         raise CheckpointError(f"config.json does not make sense: {first}", fix="restore the file") from None
@@ -79,13 +93,31 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> Decoder:
     folder = Path(folder)
     hf = read_config(folder)
     config = model_config(hf)
-    tensors = read_tensors(folder)
+    return assemble(hf, config, read_tensors(folder), folder, dtype)
+
+
+def assemble(
+    hf: Mapping[str, Any],
+    config: Decoder.Config,
+    tensors: dict[str, Tensor],
+    folder: Path,
+    dtype: torch.dtype | None = None,
+) -> Decoder:
+    """The model of a config.json, our configuration of it, and tensors named as its family names them.
+
+    Args:
+        folder: where they come from, for errors.
+        dtype: of the weights; as saved if None.
+
+    Raises:
+        CheckpointError: any tensor missing, left over or of another shape.
+    """
     model = build(config, device="meta")
     own = dict(model.named_parameters())
     if hf["model_type"] == NATIVE:
         found = _check(own, tensors, folder)
     else:
-        found = _from_foreign(family_of(hf["model_type"]), config, own, tensors, folder)
+        found = _from_foreign(family_of(hf["model_type"]).of(hf), config, own, tensors, folder)
     dtype = dtype or next(iter(found.values())).dtype
     model.to_empty(device="cpu")
     with torch.no_grad():
@@ -125,7 +157,9 @@ def _from_foreign(
             wrong.append(f"{entry.theirs} has {tuple(tensor.shape)}, expected {expected}")
             continue
         tensor = tensor.T if entry.transposed else tensor
-        found |= dict(zip(entry.ours, tensor.split([shape[0] for shape in shapes]), strict=True))
+        parts = tensor.split([shape[0] for shape in shapes])
+        # Parts of one matrix must not stay in one memory: what holds the parameters later asks for one each.
+        found |= dict(zip(entry.ours, parts if len(parts) == 1 else [part.clone() for part in parts], strict=True))
     _refuse(folder, missing, list(left), wrong)
     return found
 
@@ -177,7 +211,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         if pickled:
             raise CheckpointError(
                 f"{folder / pickled[0]} is a pickle, and reading one can run code",
-                fix="save the model as safetensors where it comes from",
+                fix=f"octavo convert --from-pickle {folder} TARGET",
             )
         raise CheckpointError(f"{folder} has no {WEIGHTS}", fix="give a folder that holds weights")
     tensors: dict[str, Tensor] = {}
@@ -204,7 +238,7 @@ def choose_family(config: Decoder.Config, wanted: str = "auto") -> str:
         return NATIVE
     fitting = [name for name, family in FAMILIES.items() if family.fits(config)]
     if wanted == "auto":
-        return fitting[0] if fitting else NATIVE
+        return next((name for name in fitting if FAMILIES[name].automatic), NATIVE)
     if wanted not in fitting:
         raise ConfigError(
             f"this model cannot be written as {wanted!r}",
@@ -244,7 +278,9 @@ def save_model(
     else:
         chosen = FAMILIES[name]
         tensors = {entry.theirs: _stack(entry, own) for entry in chosen.entries(model.config)}
-        hf = {"model_type": name, "architectures": [chosen.architecture], **chosen.write(model.config)}
+        # Where the ids are not said, a class there has some of its own, perhaps beyond the vocabulary.
+        ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        hf = {"model_type": name, "architectures": [chosen.architecture], **ids, **chosen.write(model.config)}
     dtype_name = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     hf |= {"dtype": dtype_name, "torch_dtype": dtype_name, **(extra or {})}
     make_folder(folder.parent)

@@ -1,24 +1,45 @@
-"""Llama (Touvron et al. 2023) and the shape that Qwen shares with it: RMSNorm, RoPE, SwiGLU, grouped heads."""
+"""Llama (Touvron et al. 2023) and the shape that most families share with it: RMSNorm, RoPE, SwiGLU, grouped heads."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from octavo.hub.family import Entry, Family, activation, hf_activation
+from octavo.models.block import BlockConfig, NormPlacement
 from octavo.models.decoder import Decoder
+
+KINDS = {"full_attention": False, "sliding_attention": True}  # layer_types, and whether a window is meant
 
 
 class Llama(Family):
-    """The base of the family tree; Qwen2 and Qwen3 say where they differ."""
+    """The base of the family tree; a sibling says where it differs."""
 
     model_type, architecture = "llama", "LlamaForCausalLM"
     ignored = (r".*\.rotary_emb\.inv_freq",)
     optional_prefix = "model."
-    default_theta = 10000.0
-    default_head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    embedding = "embed_tokens"
 
-    # -------------------------------------------------------------------------- what a sibling overrides
+    # What a sibling overrides. `only` holds keys with a single value that is read here: those that would change the
+    # mathematics, and those that its class in transformers knows from others but ignores.
+    only: ClassVar[Mapping[str, Any]] = {"pretraining_tp": 1, "partial_rotary_factor": 1.0}
+    placement: NormPlacement = "pre"
+    activation_key, default_activation = "hidden_act", "silu"
+    default_theta, default_eps = 10000.0, 1e-6
+    default_tied = False
+    default_head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    whole_heads = True  # its class refuses a hidden_size that num_attention_heads does not divide, whatever head_dim is
+    products: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **{f"self_attn.{name}_proj": (f"mixer.mixer.{name}",) for name in "qkvo"},
+        **{f"mlp.{name}_proj": (f"channel.mixer.{name}",) for name in ("gate", "up", "down")},
+    }
+    norms: ClassVar[Mapping[str, str]] = {
+        "input_layernorm": "mixer.norm_in",
+        "post_attention_layernorm": "channel.norm_in",
+    }
+
+    def read_norm(self, hf: Mapping[str, Any]) -> dict[str, Any]:
+        return {"kind": "rmsnorm", "eps": hf.get("rms_norm_eps", self.default_eps)}
 
     def read_attention(self, hf: Mapping[str, Any]) -> dict[str, Any]:
         """The attention settings in which siblings differ."""
@@ -28,41 +49,86 @@ class Llama(Family):
     def write_attention(self, mixer: Any) -> dict[str, Any]:
         return {"attention_bias": mixer.qkv_bias}
 
+    def read_ends(self, hf: Mapping[str, Any]) -> dict[str, Any]:
+        """What is around the blocks: settings of the embedding and the head."""
+        return {"tie_embeddings": hf.get("tie_word_embeddings", self.default_tied)}
+
+    def write_ends(self, config: Decoder.Config) -> dict[str, Any]:
+        return {"tie_word_embeddings": config.tie_embeddings}
+
+    def read_positions(self, hf: Mapping[str, Any]) -> dict[str, Any]:
+        """The position scheme; max_seq_len too, where the scheme decides it."""
+        rope = self.rope(hf)
+        if (kind := rope.get("rope_type", rope.get("type", "default"))) not in (None, "default"):
+            raise self.refuse("rope_scaling", rope if len(str(rope)) < 100 else kind)
+        theta = rope.get("rope_theta") or hf.get("rope_theta") or self.default_theta
+        return {"positions": {"kind": "rope", "theta": theta}}
+
+    def write_positions(self, config: Decoder.Config) -> dict[str, Any]:
+        theta = config.positions.theta
+        return {
+            "max_position_embeddings": config.max_seq_len,
+            # Both spellings: readers before and after transformers 5 look for different ones.
+            "rope_theta": theta,
+            "rope_parameters": {"rope_theta": theta, "rope_type": "default"},
+        }
+
     def windows(self, hf: Mapping[str, Any]) -> list[int | None]:
         """The attention window of each layer."""
-        if any(kind != "full_attention" for kind in hf.get("layer_types") or ()):
-            raise self.refuse("layer_types", hf["layer_types"])
-        return [None] * hf["num_hidden_layers"]
+        return self.by_kind(hf, ["full_attention"] * hf["num_hidden_layers"], None)
 
     def write_windows(self, windows: list[int | None]) -> dict[str, Any]:
         return {}
 
+    # ----------------------------------------------------------------------------------------- for siblings
+
+    def rope(self, hf: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The settings of rotation, wherever they stand; one for all layers."""
+        rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+        if any(isinstance(value, Mapping) for value in rope.values()):
+            raise self.refuse("rope_parameters", list(rope), "is one rotation for each kind of layer")
+        if "partial_rotary_factor" in self.only and rope.get("partial_rotary_factor", 1.0) != 1:
+            raise self.refuse("partial_rotary_factor", rope["partial_rotary_factor"])
+        return rope
+
+    def by_kind(self, hf: Mapping[str, Any], wanted: list[str], window: int | None) -> list[int | None]:
+        """The windows that layer_types asks for; ``wanted`` is what this family's class does without them."""
+        kinds = hf.get("layer_types") or wanted
+        if any(kind not in KINDS for kind in kinds) or len(kinds) != len(wanted):
+            raise self.refuse("layer_types", kinds)
+        if window is None and "sliding_attention" in kinds:
+            raise self.refuse("layer_types", kinds, "has sliding layers without a sliding_window")
+        return [window if KINDS[kind] else None for kind in kinds]
+
     # ------------------------------------------------------------------------------------------ contract
 
     def read(self, hf: Mapping[str, Any]) -> Decoder.Config:
-        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise self.refuse("rope_scaling", rope)
-        if hf.get("pretraining_tp", 1) != 1:
-            raise self.refuse("pretraining_tp", hf["pretraining_tp"])
+        for key, plain in self.only.items():
+            if hf.get(key) not in (None, plain):
+                raise self.refuse(key, hf[key])
         mixer = {
             "kind": "attention",
             "n_heads": hf["num_attention_heads"],
             "n_kv_heads": hf.get("num_key_value_heads") or hf["num_attention_heads"],
             "head_dim": hf.get("head_dim", self.default_head_dim) or hf["hidden_size"] // hf["num_attention_heads"],
-            "dropout": hf.get("attention_dropout", 0.0),
+            "dropout": hf.get("attention_dropout") or 0.0,
             **self.read_attention(hf),
         }
         channel = {
             "kind": "glu",
             "d_ff": hf["intermediate_size"],
-            "activation": activation(hf.get("hidden_act", "silu")),
-            "bias": hf.get("mlp_bias", False),
+            "activation": activation(hf.get(self.activation_key) or self.default_activation),
+            "bias": hf.get("mlp_bias") or False,
         }
         windows = self.windows(hf)
         names = ["full" if window is None else "window" for window in windows]
         blocks = {
-            name: {"mixer": {**mixer, "window": window}, "channel": channel}
+            name: {
+                "mixer": {**mixer, "window": window},
+                "channel": channel,
+                "norm_placement": self.placement,
+                "dropout": hf.get("resid_pdrop") or 0.0,
+            }
             for name, window in dict(zip(names, windows, strict=True)).items()
         }
         return Decoder.Config.model_validate(
@@ -73,19 +139,16 @@ class Llama(Family):
                 "max_seq_len": hf["max_position_embeddings"],
                 "blocks": blocks,
                 "pattern": names,
-                "norm": {"kind": "rmsnorm", "eps": hf.get("rms_norm_eps", 1e-6)},
-                "positions": {
-                    "kind": "rope",
-                    "theta": rope.get("rope_theta") or hf.get("rope_theta") or self.default_theta,
-                    "fraction": rope.get("partial_rotary_factor", 1.0),
-                },
-                "tie_embeddings": hf.get("tie_word_embeddings", False),
+                "norm": self.read_norm(hf),
+                **self.read_positions(hf),
+                **self.read_ends(hf),
             }
         )
 
     def write(self, config: Decoder.Config) -> dict[str, Any]:
         blocks = [config.blocks[name] for name in config.layer_names()]
         mixer: Any = blocks[0].mixer
+        mixer = mixer.model_copy(update={"head_dim": mixer.head_dim or config.d_model // mixer.n_heads})
         channel: Any = blocks[0].channel
         return {
             "vocab_size": config.vocab_size,
@@ -93,45 +156,46 @@ class Llama(Family):
             "num_hidden_layers": config.n_layers,
             "num_attention_heads": mixer.n_heads,
             "num_key_value_heads": mixer.n_kv_heads or mixer.n_heads,
-            "head_dim": mixer.head_dim or config.d_model // mixer.n_heads,
+            "head_dim": mixer.head_dim,
             "intermediate_size": channel.d_ff or -(-8 * config.d_model // 96) * 32,
-            "hidden_act": hf_activation(channel.activation),
-            "max_position_embeddings": config.max_seq_len,
+            self.activation_key: hf_activation(channel.activation),
             "rms_norm_eps": config.norm.eps,
-            # Both spellings: readers before and after transformers 5 look for different ones.
-            "rope_theta": config.positions.theta,
-            "rope_parameters": {"rope_theta": config.positions.theta, "rope_type": "default"},
-            "tie_word_embeddings": config.tie_embeddings,
             "attention_dropout": mixer.dropout,
-            **({"mlp_bias": channel.bias} if self.model_type == "llama" else {}),
+            **({} if "mlp_bias" in self.only else {"mlp_bias": channel.bias}),
+            **self.write_positions(config),
             **self.write_attention(mixer),
             **self.write_windows([block.mixer.window for block in blocks]),
+            **self.write_ends(config),
         }
+
+    def fits(self, config: Decoder.Config) -> bool:
+        heads = getattr(config.blocks[config.layer_names()[0]].mixer, "n_heads", 1)
+        return not (self.whole_heads and config.d_model % heads) and super().fits(config)
 
     def entries(self, config: Decoder.Config) -> list[Entry]:
         root = self.optional_prefix
-        found = [Entry(f"{root}embed_tokens.weight", ("embed.weight",)), Entry(f"{root}norm.weight", ("norm.weight",))]
+        found = [
+            Entry(f"{root}{self.embedding}.weight", ("embed.weight",)),
+            Entry(f"{root}norm.weight", ("norm.weight",)),
+        ]
         if not config.tie_embeddings:
             found.append(Entry(self.head, ("head.weight",)))
         for i, name in enumerate(config.layer_names()):
             block, theirs, ours = config.blocks[name], f"{root}layers.{i}", f"blocks.{i}.layers"
-            attention, mlp = f"{ours}.mixer.mixer", f"{ours}.channel.mixer"
-            channel: Any = block.channel
-            biased = dict.fromkeys("qkv", block.mixer.qkv_bias) | {"o": block.mixer.o_bias}
-            for p, has_bias in biased.items():
-                found += [
-                    Entry(f"{theirs}.self_attn.{p}_proj.{part}", (f"{attention}.{p}.{part}",))
-                    for part in ("weight", "bias")
-                    if part == "weight" or has_bias
-                ]
-            for p in ("gate", "up", "down"):
-                found += [
-                    Entry(f"{theirs}.mlp.{p}_proj.{part}", (f"{mlp}.{p}.{part}",))
-                    for part in ("weight", "bias")
-                    if part == "weight" or channel.bias
-                ]
-            found.append(Entry(f"{theirs}.input_layernorm.weight", (f"{ours}.mixer.norm_in.weight",)))
-            found.append(Entry(f"{theirs}.post_attention_layernorm.weight", (f"{ours}.channel.norm_in.weight",)))
+            for product, parts in self.products.items():
+                for kind in ("weight", "bias") if _biased(block, parts[0]) else ("weight",):
+                    found.append(Entry(f"{theirs}.{product}.{kind}", tuple(f"{ours}.{part}.{kind}" for part in parts)))
+            for norm, part in self.norms.items():
+                found.append(Entry(f"{theirs}.{norm}.weight", (f"{ours}.{part}.weight",)))
             if block.mixer.qk_norm:
-                found += [Entry(f"{theirs}.self_attn.{p}_norm.weight", (f"{attention}.{p}_norm.weight",)) for p in "qk"]
+                for p in "qk":
+                    found.append(Entry(f"{theirs}.self_attn.{p}_norm.weight", (f"{ours}.mixer.mixer.{p}_norm.weight",)))
         return found
+
+
+def _biased(block: BlockConfig, part: str) -> bool:
+    """Whether the product ``part`` of a block has a bias."""
+    channel: Any = block.channel
+    if part.startswith("channel"):
+        return channel.bias
+    return block.mixer.o_bias if part.endswith(".o") else block.mixer.qkv_bias

@@ -4,7 +4,7 @@ and a sliding window in the upper layers."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from octavo.hub.llama import Llama
 
@@ -13,6 +13,8 @@ class Qwen2(Llama):
     """q, k and v have biases, o has none."""
 
     model_type, architecture = "qwen2", "Qwen2ForCausalLM"
+    only: ClassVar[Mapping[str, Any]] = {**Llama.only, "mlp_bias": False}
+    whole_heads = False
 
     def read_attention(self, hf: Mapping[str, Any]) -> dict[str, Any]:
         return {"qkv_bias": True, "o_bias": False}
@@ -24,11 +26,9 @@ class Qwen2(Llama):
         n, window = hf["num_hidden_layers"], hf.get("sliding_window", 4096)
         if not hf.get("use_sliding_window", False) or window is None:
             return [None] * n
-        kinds = hf.get("layer_types")
-        if kinds is None:  # the older spelling: layers from max_window_layers on
-            first = hf.get("max_window_layers", 28)
-            kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(n)]
-        return [window if kind == "sliding_attention" else None for kind in kinds]
+        # Without layer_types, the older spelling: layers from max_window_layers on.
+        first = hf.get("max_window_layers", 28)
+        return self.by_kind(hf, ["sliding_attention" if i >= first else "full_attention" for i in range(n)], window)
 
     def write_windows(self, windows: list[int | None]) -> dict[str, Any]:
         widths = sorted({window for window in windows if window is not None})
@@ -51,8 +51,7 @@ class Qwen3(Qwen2):
 
     def read_attention(self, hf: Mapping[str, Any]) -> dict[str, Any]:
         bias = hf.get("attention_bias", False)
-        norm = {"kind": "rmsnorm", "eps": hf.get("rms_norm_eps", 1e-6)}
-        return {"qkv_bias": bias, "o_bias": bias, "qk_norm": norm}
+        return {"qkv_bias": bias, "o_bias": bias, "qk_norm": self.read_norm(hf)}
 
     def write_attention(self, mixer: Any) -> dict[str, Any]:
         return {"attention_bias": mixer.qkv_bias}

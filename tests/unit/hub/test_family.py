@@ -26,10 +26,15 @@ def config(block: dict | None = None, **changes) -> Decoder.Config:
 
 
 def mixer(**values) -> dict:
-    return {"mixer": {"kind": "attention", "n_heads": 2, **values}}
+    return {"mixer": {"kind": "attention", **{"n_heads": 2} | values}}
 
 
 GPT2 = mixer(qkv_bias=True, o_bias=True) | {"channel": {"kind": "mlp", "activation": "gelu_tanh", "bias": True}}
+GEMMA2 = mixer(scale=4**-0.5, softcap=2.0) | {"norm_placement": "sandwich"}
+GEMMA2_ENDS = {"norm": {"kind": "rmsnorm", "offset": True}, "embed_scale": 4.0, "logit_softcap": None}
+OLMO2 = mixer(qk_norm="rmsnorm", qk_norm_over="all") | {"norm_placement": "branch"}
+LONG = {"kind": "longrope", "short": [1, 1, 2, 2], "long": [1, 2, 3, 4], "original": 16, "extended": 64}
+SIX = LONG | {"short": [1] * 6, "long": [2] * 6}
 CHOICES = {
     "llama": config(),
     "llama biased": config(mixer(qkv_bias=True, o_bias=True)),
@@ -39,18 +44,47 @@ CHOICES = {
     "qwen3": config(mixer(qk_norm={"kind": "rmsnorm"})),
     "gpt2": config(GPT2, norm="layernorm", positions="learned"),
     "gpt2 untied": config(GPT2, norm="layernorm", positions="learned", tie_embeddings=False),
+    "mistral": config(mixer(window=4)),
+    "mistral width": config(mixer(head_dim=8, n_heads=3)),
+    "gemma2": config(GEMMA2, **GEMMA2_ENDS),
+    "gemma2 default scale": config(GEMMA2 | mixer(qkv_bias=True, o_bias=True), **GEMMA2_ENDS | {"logit_softcap": 9.0}),
+    "olmo2": config(OLMO2),
+    "olmo2 biased": config(OLMO2 | mixer(qkv_bias=True, o_bias=True, **OLMO2["mixer"])),
+    "phi3": config(positions={"kind": "rope", "fraction": 0.5}),
+    "phi3 long": config(positions={"kind": "rope", "scaling": LONG}),
+    "phi3 longer": config(positions={"kind": "rope", "scaling": LONG | {"magnitude": 2.0}}),
     "octavo interleaved": config(positions={"kind": "rope", "layout": "interleaved"}),
-    "octavo part": config(positions={"kind": "rope", "fraction": 0.5}),
     "octavo post": config({"norm_placement": "post"}),
     "octavo residual": config({"residual_scale": 2.0}),
     "octavo scale": config(mixer(scale=1.0)),
-    "octavo window": config(mixer(window=4)),
     "octavo eps": config(mixer(qk_norm={"kind": "rmsnorm", "eps": 1e-3})),
     "octavo head bias": config(head_bias=True),
     "octavo no norm": config(final_norm=False),
     "octavo no channel": config({"channel": None}),
     "octavo gpt2 without biases": config(mixer() | {"channel": {"kind": "mlp"}}, norm="layernorm", positions="learned"),
+    "octavo gemma2 width": config(GEMMA2 | mixer(n_heads=3, head_dim=8), **GEMMA2_ENDS),
+    "octavo gemma2 scale": config(GEMMA2 | mixer(scale=0.3), **GEMMA2_ENDS),
+    "octavo gemma2 embedding": config(GEMMA2, **GEMMA2_ENDS | {"embed_scale": 3.0}),
+    "octavo gemma2 without offset": config(GEMMA2, **GEMMA2_ENDS | {"norm": "rmsnorm"}),
+    "octavo olmo2 window": config(OLMO2 | mixer(**OLMO2["mixer"], window=4)),
+    "octavo olmo2 norms": config(OLMO2 | {"norm_placement": "pre"}),
+    "octavo two windows": config(
+        blocks={"a": mixer(window=4), "b": mixer(window=5)}, positions={"kind": "rope", "fraction": 0.5}
+    ),
+    "octavo softcap": config(mixer(softcap=2.0)),
+    "octavo logit softcap": config(logit_softcap=2.0),
+    "octavo embed scale": config(embed_scale=4.0),
+    "octavo phi3 long factors": config(positions={"kind": "rope", "scaling": LONG | {"original": 8}}),
+    "octavo phi3 long width": config(mixer(head_dim=12) | {}, positions={"kind": "rope", "scaling": SIX}),
     "octavo bilinear": config({"channel": {"kind": "glu", "activation": "identity"}}),
+}
+
+
+# What a family may say, but only when asked: transformers has no class for it.
+MINIMIND = {
+    "minimind": config(mixer(qk_norm="rmsnorm")),
+    "minimind untied": config(mixer(qk_norm="rmsnorm"), tie_embeddings=False),
+    "minimind without norms": config(mixer()),
 }
 
 
@@ -73,11 +107,26 @@ def test_a_family_that_cannot_say_it_is_refused_by_name():
     with pytest.raises(ConfigError, match="it can be written as octavo"):
         choose_family(CHOICES["octavo post"], "llama")
     assert choose_family(CHOICES["llama"], "octavo") == "octavo"
+    with pytest.raises(ConfigError, match="it can be written as llama, mistral, phi3, octavo"):
+        choose_family(config(tie_embeddings=False), "minimind")  # without norms on q and k it is always tied
+
+
+@pytest.mark.parametrize("name", MINIMIND)
+def test_a_family_without_a_class_is_written_only_when_asked(name, tmp_path):
+    chosen = MINIMIND[name]
+    assert choose_family(chosen) == ("llama" if name.endswith("norms") else "qwen3")
+    model = build(chosen).eval()
+    assert save_model(model, tmp_path / "m", family="minimind") == "minimind"
+    from octavo.nn.contracts import Inputs
+
+    tokens = torch.randint(19, (2, 9))
+    assert torch.equal(load_model(tmp_path / "m")(Inputs(tokens)).logits, model(Inputs(tokens)).logits)
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_every_parameter_has_one_name_there(family):
-    chosen = next(c for n, c in CHOICES.items() if n.split()[0] == family.model_type)
+    named = CHOICES if family.automatic else MINIMIND
+    chosen = next(c for n, c in named.items() if n.split()[0] == family.model_type)
     entries = family.entries(chosen)
     ours = [name for entry in entries for name in entry.ours]
     assert sorted(ours) == sorted(name for name, _ in build(chosen, device="meta").named_parameters())
