@@ -61,6 +61,9 @@ ROWS: dict[str, str] = {
 
 # Rows that other work is for: tests may already prove a part of them, and the page says so apart.
 BEGUN: dict[str, str] = {
+    "A9": "minimind: its folders read, and written as the classes they are",
+    "F5": "Norm placement: before, after or around a branch",
+    "R10": "Frequencies for longer contexts: YaRN, LongRoPE, llama3",
     "I2": "Sampling: temperature, top-k, top-p, min-p, repetition",
     "P2": "Temperature as a change of the distribution",
 }

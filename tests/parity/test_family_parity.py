@@ -136,6 +136,7 @@ def test_far_positions_turn_by_the_same_bits(name, tmp_path):
 # ------------------------------------------------------------------------------------------------ longrope
 
 
+@pytest.mark.rows("R10")
 @torch.no_grad()
 def test_longrope_on_either_side_of_its_first_length(tmp_path):
     """Read with the short factors, which end at the first length; a longer max_seq_len takes the long ones."""
@@ -153,6 +154,7 @@ def test_longrope_on_either_side_of_its_first_length(tmp_path):
     assert float((long(Inputs(tokens[:, :16])).logits - theirs(tokens[:, :16]).logits).abs().max()) > 0.01
 
 
+@pytest.mark.rows("R10")
 @pytest.mark.parametrize("said", [{"attention_factor": 1.7}, {"factor": 3.0}, {"factor": 0.5}], ids=str)
 @torch.no_grad()
 def test_a_longrope_magnitude_that_is_told(said, tmp_path):

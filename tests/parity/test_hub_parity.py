@@ -110,7 +110,7 @@ def both(pair, tokens, valid=None):
     return [pick(x) for x in (a.logits, *a.hidden_states)], [pick(x) for x in (b.logits, *b.hidden_states)]
 
 
-@pytest.mark.rows("A8", "X4", "F7", "T8", "R2")
+@pytest.mark.rows("A8", "X4", "F5", "F7", "T8", "R2")
 def test_logits_and_every_hidden_state(pair):
     wanted, got = both(pair, some_tokens())
     assert len(wanted) == len(got) == 5

@@ -53,7 +53,7 @@ def test_without_the_residual_deep_models_get_no_gradient():
     assert without[0] > 1e4 * without[1] > 1e8 * without[2] > 0
 
 
-@pytest.mark.rows("F6")
+@pytest.mark.rows("F5", "F6")
 @pytest.mark.parametrize("placement", ["pre", "branch", "sandwich", "post"])
 def test_a_block_is_the_sum_it_says(placement):
     deep = model(n_layers=1, block={"norm_placement": placement, "residual_scale": 1.5})

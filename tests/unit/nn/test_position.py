@@ -166,6 +166,7 @@ def test_a_model_built_without_weights_has_its_frequencies():
 LONG = {"kind": "longrope", "short": [1.0, 2.0, 1.0, 4.0], "long": [2.0, 3.0, 5.0, 7.0], "original": 8, "extended": 64}
 
 
+@pytest.mark.rows("R10")
 def test_longrope_divides_each_frequency_and_scales_the_tables():
     plain = model({"kind": "rope"}, 8).positions
     short, long = (model({"kind": "rope", "scaling": LONG}, n).positions for n in (8, 9))
