@@ -12,7 +12,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from octavo.errors import CheckpointError, UnsupportedError
-from octavo.hub.folder import load_model, model_config, read_config, save_model
+from octavo.hub.folder import FAMILIES, load_model, model_config, read_config, save_model
+from octavo.models.cost import predicted_parameters
 from octavo.models.decoder import Decoder, build
 from octavo.nn.contracts import Inputs
 from octavo.nn.norm import RMSNorm
@@ -319,3 +320,61 @@ def test_every_tensor_is_accounted_for_here_too(name, tensor, shape, said, tmp_p
     with pytest.raises(CheckpointError) as caught:
         load_model(tmp_path)
     assert said in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------ published sizes
+
+WIDE = {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "rms_norm_eps": 1e-5}
+PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {  # as their config.json said
+    "Mistral 7B v0.1": ("mistral", {
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "sliding_window": 4096, "hidden_act": "silu", "tie_word_embeddings": False}),
+    "Gemma 2 2B": ("gemma2", {
+        "vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "head_dim": 256,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 8192, "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0, "sliding_window": 4096, "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0, "hidden_act": "gelu_pytorch_tanh", "attention_bias": False,
+        "hidden_activation": "gelu_pytorch_tanh", "cache_implementation": "hybrid"}),
+    "OLMo 2 7B": ("olmo2", {
+        "vocab_size": 100352, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
+        "rope_theta": 500000, "rope_scaling": None, "attention_bias": False, "tie_word_embeddings": False}),
+    "Phi-3 mini 4k": ("phi3", WIDE | {
+        "vocab_size": 32064, "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096, "rope_theta": 10000.0, "rope_scaling": None,
+        "sliding_window": 2047, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attention_bias": False}),
+    "Phi-3 mini 128k": ("phi3", WIDE | {
+        "vocab_size": 32064, "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096, "rope_theta": 10000.0, "sliding_window": 262144,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.05] * 48, "long_factor": [8.0] * 48}}),
+    "Phi-4 mini": ("phi3", WIDE | {
+        "vocab_size": 200064, "num_attention_heads": 24, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096, "rope_theta": 10000.0, "sliding_window": 262144,
+        "partial_rotary_factor": 0.75, "tie_word_embeddings": True, "full_attn_mod": 1, "interpolate_factor": 1,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [4.0] * 48}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes_have_the_tensors_of_their_class(name):
+    """Names, shapes and the count of parameters, without weights."""
+    model_type, said = PUBLISHED[name]
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(model_type, **said))
+    wanted = {key: tuple(tensor.shape) for key, tensor in theirs.state_dict().items()}
+    config = model_config({"model_type": model_type, **said})
+    ours = build(config, device="meta")
+    own = dict(ours.named_parameters())
+    if config.tie_embeddings:
+        wanted.pop("lm_head.weight")
+    found = {}
+    for entry in FAMILIES[model_type].entries(config):
+        parts = [tuple(own[part].shape) for part in entry.ours]
+        found[entry.theirs] = (sum(part[0] for part in parts), *parts[0][1:])
+    assert found == wanted
+    assert predicted_parameters(ours) == sum(p.numel() for p in theirs.parameters())
+    assert FAMILIES[model_type].fits(config)
+    assert config.max_seq_len == min(
+        said["max_position_embeddings"], said.get("original_max_position_embeddings", 10**9)
+    )

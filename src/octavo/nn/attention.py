@@ -53,12 +53,15 @@ class FullReader(Reader):
 
 
 class WindowReader(FullReader):
-    """The last ``window`` tokens, itself included: a ring of constant size (Beltagy et al. 2020, section 3.1)."""
+    """The last ``window`` tokens, itself included (Beltagy et al. 2020, section 3.1).
 
-    kind = "ring"
+    They are kept in a ring of constant size, unless that would be larger than all tokens of a text of
+    max_seq_len: published windows go up to 262144 tokens where the context has 4096.
+    """
 
-    def __init__(self, window: int):
+    def __init__(self, window: int, max_seq_len: int | None = None):
         self.window = window
+        self.kind = "ring" if max_seq_len is None or window < max_seq_len else "token"
 
 
 class Attention(Mixer):
@@ -112,7 +115,7 @@ class Attention(Mixer):
         together = config.qk_norm_over == "all"
         self.q_norm: Norm | None = make(config.qk_norm, H * K if together else K) if make else None
         self.k_norm: Norm | None = make(config.qk_norm, G * K if together else K) if make else None
-        self.reader: Reader = WindowReader(config.window) if config.window else FullReader()
+        self.reader: Reader = WindowReader(config.window, dims.max_seq_len) if config.window else FullReader()
         self.attend: Attend = ATTENDS[config.backend]
 
     def state_spec(self) -> StateSpec:

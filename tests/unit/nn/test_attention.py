@@ -212,6 +212,27 @@ def test_a_window_holds_a_constant_state():
     assert sizes[0] == sizes[1] == 5 * 2 * 16 * 4
 
 
+@torch.no_grad()
+def test_a_window_wider_than_the_context_holds_no_more_than_the_context():
+    """A ring of 262144 entries for 7 tokens is memory for nothing; the window acts all the same where it can."""
+    wide, narrow = attention(n_heads=2, window=262144), attention(n_heads=2, window=32)  # max_seq_len is 32
+    for mixer in (wide, narrow):
+        state = ContiguousState({"0": mixer.state_spec()}, 1, 7, torch.float32)
+        assert state.payload_bytes == 7 * 2 * 16 * 4
+    x = random(1, 40, 16)
+    state = ContiguousState({"0": narrow.state_spec()}, 1, 40, torch.float64)
+    parts, start = [], 0
+    for n in (20, 1, 15, 4):
+        ctx = state.begin(Inputs(torch.zeros(1, n, dtype=torch.long)))
+        parts.append(narrow(x[:, start : start + n], ctx, state.layer("0"))[0])
+        start += n
+    full = attention(n_heads=2)
+    full.load_state_dict(narrow.state_dict())
+    wanted = narrow(x, context(1, 40))[0]
+    torch.testing.assert_close(torch.cat(parts, 1), wanted, rtol=0, atol=1e-12)
+    assert not torch.allclose(wanted[:, -1], full(x, context(1, 40))[0][:, -1], atol=1e-6)
+
+
 # ----------------------------------------------------------------------------------------------- dropout
 
 
