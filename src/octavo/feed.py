@@ -6,18 +6,20 @@ The pipeline trains on exactly these; ``octavo data show`` and ``octavo data che
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from itertools import compress, islice
 from pathlib import Path
 
 from octavo.config import ChatData, Pretrained, Recipe, TuneConfig
-from octavo.data import chat, facts, prepare, show
+from octavo.data import chat, check_chat, check_files, facts, prepare, show
+from octavo.data import check as data_check
 from octavo.data.chat import ChatReport, Conversation
+from octavo.data.check import Documents, Finding, HeldOut
 from octavo.data.loader import Loader, pretraining_loader, sweep
 from octavo.data.pack import Batch, Packed, StreamRows, WholeRows
 from octavo.data.shards import Shards
-from octavo.errors import ConfigError, DataError, did_you_mean
+from octavo.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from octavo.run import RunFolder
 from octavo.tokenizer import Tokenizer
 from octavo.training.settings import TrainConfig
@@ -159,6 +161,69 @@ def changed(recipe: Recipe, folder: Path) -> list[str]:
     return [] if made_by in (None, here) else [f"the questions are those of Python {here}, the run's of {made_by}"]
 
 
+def check(recipe: Recipe, folder: Path, *, limit: int = 20_000) -> Iterator[tuple[str, Finding]]:
+    """Findings about all that a run reads, each with the part of the data it is about; nothing is written.
+
+    Args:
+        folder: of a run.
+        limit: documents and conversations that are looked at.
+    """
+    found: list[tuple[str, Callable[[], Iterator[Finding]]]] = []
+    if recipe.data is not None:
+        found += [("text", lambda: _check_text(folder, limit)), ("tokens", lambda: _check_tokens(recipe, folder))]
+    if recipe.tune is not None:
+        found.append(("conversations", lambda: _check_tuning(recipe, folder, limit)))
+    for part, look_at in found:
+        try:
+            for finding in look_at():
+                yield part, finding
+        except (DataError, CheckpointError) as error:
+            yield part, check_files.refusal(part, error)
+
+
+def _check_text(folder: Path, limit: int) -> Iterator[Finding]:
+    data, held = folder / "data", None
+    report = prepare.read_json(data / "report.json") or {}
+    removed = {name: entry["documents"] for name, entry in report.get("removed", {}).items()}
+    told = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in removed.items()) or "nothing"
+    read = report.get("documents", 0)
+    yield Finding("left out", "ok", f"of {read:,} documents read, cleaning left out {told}", figures=removed)
+    if has_held_out(folder):
+        held = HeldOut(islice(prepare.iter_texts(data, "valid"), limit))
+    documents = Documents(limit, held)
+    for document in prepare.iter_documents(data, "train"):
+        documents.add(document)
+    yield from documents.findings(cleaned=True)
+
+
+def _check_tokens(recipe: Recipe, folder: Path) -> Iterator[Finding]:
+    tokenizer, seq_len = Tokenizer.load(folder / "tokenizer"), None
+    model_ids = None if isinstance(recipe.model, Pretrained.Config) else recipe.model.vocab_size
+    if model_ids is not None and model_ids < tokenizer.vocab_size:
+        text = f"the tokenizer has {tokenizer.vocab_size:,} ids, the model {model_ids:,}"
+        yield Finding("model", "fail", text, "leave model.vocab_size out")
+    if recipe.train is not None:
+        seq_len = recipe.train.seq_len or seq_len_of(recipe.train, max_seq_len(recipe))
+    yield from data_check.tokens(Shards.open(folder / "data" / "train"), tokenizer, seq_len)
+    if has_held_out(folder):
+        for finding in data_check.tokens(Shards.open(folder / "data" / "valid"), tokenizer, seq_len):
+            if finding.verdict != "ok":
+                yield replace(finding, name=f"held-out {finding.name}")
+
+
+def _check_tuning(recipe: Recipe, folder: Path, limit: int) -> Iterator[Finding]:
+    config = recipe.tune
+    if config is None:
+        return
+    report = ChatReport()
+    trained, held_out = conversations(config, recipe.seed, report=report)
+    yield from check_chat.rows(trained, report)
+    if held_out:
+        yield from check_chat.overlap(trained, held_out)
+    seq_len = config.seq_len or seq_len_of(config, max_seq_len(recipe))
+    yield from check_chat.rendering(trained, Tokenizer.load(folder / "tokenizer"), seq_len, limit)
+
+
 def pretraining(recipe: Recipe, folder: Path, seq_len: int) -> Feed:
     """Rows of ``seq_len`` tokens from the shards in a run folder.
 
@@ -190,7 +255,7 @@ def tuning(recipe: Recipe, tokenizer: Tokenizer, seq_len: int, *, keep: Path | N
     if config is None:
         raise ConfigError("the recipe has no tune section", fix="look at another stage")
     report, notices = ChatReport(), list[str]()
-    told, kept_back = conversations(config, recipe.seed, keep=keep)
+    told, kept_back = conversations(config, recipe.seed, keep=keep, report=report)
     samples = chat.tokenise(told, tokenizer, seq_len + 1, report)
     pad = tokenizer.special.pad if tokenizer.special.pad is not None else 0
     source = WholeRows([(s.ids, s.loss_mask) for s in samples], seq_len, pad=pad)
@@ -213,7 +278,7 @@ def tuning(recipe: Recipe, tokenizer: Tokenizer, seq_len: int, *, keep: Path | N
 
 
 def conversations(
-    config: TuneConfig, seed: int, *, keep: Path | None = None
+    config: TuneConfig, seed: int, *, keep: Path | None = None, report: ChatReport | None = None
 ) -> tuple[list[Conversation], list[Conversation]]:
     """What is trained on, and what is kept for validation."""
     if not isinstance(config.data, ChatData):
@@ -223,7 +288,7 @@ def conversations(
         return built.train, [
             Conversation([*q.messages, {"role": "assistant", "content": q.answer}]) for q in built.held_out
         ]
-    rows = chat.read(config.data)
+    rows = chat.read(config.data, report)
     # Spread over the file, so that a file sorted by topic is not split by topic.
     held = [int((i + 1) * config.held_out) > int(i * config.held_out) for i in range(len(rows))]
     return list(compress(rows, (not out for out in held))), list(compress(rows, held))

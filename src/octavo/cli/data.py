@@ -6,7 +6,8 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from octavo.config import Recipe
+    from octavo.data.check import Finding
     from octavo.data.prepare import DataConfig, Progress
+    from octavo.tokenizer import Tokenizer
 
 app = typer.Typer(
     rich_markup_mode="rich",
@@ -179,10 +182,104 @@ def show(
         page = shown.to_html(found.rows, found.noun, title=title, lead=found.lead, with_ids=ids)
         write_atomic(html, page)
         typer.echo(f"{title}, {found.lead}\npage  {html}")
-    elif sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
+    elif _in_colour():
         _print_rich(shown.to_rich(found.rows, found.noun, with_ids=ids), f"{title}, {found.lead}")
     else:
         typer.echo(f"{title}, {found.lead}\n{shown.to_plain(found.rows, found.noun, with_ids=ids)}", nl=False)
+
+
+@app.command()
+def check(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN|RECIPE|FILES...",
+            help="A run; a recipe, then overrides; or files, folders and patterns of texts and conversations.",
+        ),
+    ],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="For files: a tokenizer or model folder, to look at tokens.")
+    ] = None,
+    seq_len: Annotated[int | None, typer.Option(min=2, help="For files: tokens in a row.")] = None,
+    held_out: Annotated[list[str] | None, typer.Option(help="For files: what must not stand in them too.")] = None,
+    text_field: Annotated[str | None, typer.Option(help="For files: field with the text.")] = None,
+    encoding: Annotated[str | None, typer.Option(help="For files: encoding of the texts.")] = None,
+    max_documents: Annotated[int, typer.Option(min=1, help="Look at no more documents than this.")] = 20_000,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    workers: Workers = None,
+) -> None:
+    """Say whether the data would spoil a training: duplicates, encoding, leaks, prompts, is the stop token trained?
+
+    Leaves with 0 where nothing would, also with warnings, and with 3 where something would. Nothing is changed.
+
+    Examples: [bold]octavo data check runs/quickstart[/bold]   ·
+    [bold]octavo data check chat.jsonl --tokenizer runs/quickstart --seq-len 256[/bold]
+    """
+    from octavo import feed
+    from octavo.data import check_files
+
+    for_files = {"--tokenizer": tokenizer, "--seq-len": seq_len, "--held-out": held_out, "--text-field": text_field,
+                 "--encoding": encoding}  # fmt: skip
+    with warnings.catch_warnings():  # what they say is among the findings
+        warnings.simplefilter("ignore")
+        if _is_run_or_recipe(words[0]):
+            if given := [name for name, value in for_files.items() if value is not None]:
+                raise ConfigError(f"{given[0]} is for files", fix="leave it out: a run or recipe says it")
+            with _opened(words, workers, quiet=json) as (recipe, folder):
+                found = list(feed.check(recipe, folder, limit=max_documents))
+        else:
+            found = list(check_files.files(
+                words, held_out=held_out or (), tokenizer=_tokenizer(tokenizer), seq_len=seq_len, limit=max_documents,
+                settings={k: v for k, v in (("text_field", text_field), ("encoding", encoding)) if v is not None},
+            ))  # fmt: skip
+    typer.echo(check_files.as_json(words, found) if json else _verdicts(found))
+    failed = [(part, finding) for part, finding in found if finding.verdict == "fail"]
+    if failed:
+        names = ", ".join(f"{part}: {finding.name}" for part, finding in failed)
+        raise DataError(
+            f"these data would spoil a training ({names})", fix=failed[0][1].fix, kept="nothing was changed"
+        )
+
+
+def _verdicts(found: Sequence[tuple[str, Finding]]) -> str:
+    """A line for each finding, under the part of the data it is about."""
+    from octavo.report.words import printable
+
+    colours = {"ok": "green", "warn": "yellow", "fail": "red"} if _in_colour() else {}
+    width = max((len(finding.name) for _, finding in found), default=0)
+    out, part = [], None
+    for place, finding in found:
+        if place != part:
+            out += ["", place] if out else [place]
+            part = place
+        mark = typer.style(f"{finding.verdict:<4}", fg=colours.get(finding.verdict), bold=True if colours else None)
+        fix = f". Fix: {finding.fix}" if finding.fix and finding.verdict != "ok" else ""
+        out.append(f"  {mark}  {finding.name:<{width}}  {printable(finding.text + fix)}")
+        out += [f"        {printable(example)}" for example in finding.examples if finding.verdict != "ok"]
+    counts = Counter(finding.verdict for _, finding in found)
+    total = ", ".join(f"{counts[name]} {name}" for name in ("ok", "warn", "fail"))
+    return "\n".join([*out, "", f"verdict: {total}"])
+
+
+def _tokenizer(path: Path | None) -> Tokenizer | None:
+    from octavo.tokenizer import Tokenizer
+
+    inner = [path / name for name in ("tokenizer", "model", "base")] if path is not None else []  # of a run
+    found = next((p for p in inner if (p / "tokenizer.json").is_file()), path)
+    return None if found is None else Tokenizer.load(found)
+
+
+def _is_run_or_recipe(word: str) -> bool:
+    from octavo.config import names
+
+    path = Path(word)
+    return (
+        (path / "recipe.yaml").is_file() or path.suffix in (".yaml", ".yml") or (word in names() and not path.exists())
+    )
+
+
+def _in_colour() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def _print_rich(lines: list[Text], title: str) -> None:
@@ -195,7 +292,7 @@ def _print_rich(lines: list[Text], title: str) -> None:
 
 
 @contextmanager
-def _opened(words: list[str], workers: int | None = None) -> Iterator[tuple[Recipe, Path]]:
+def _opened(words: list[str], workers: int | None = None, *, quiet: bool = False) -> Iterator[tuple[Recipe, Path]]:
     """A run's recipe and folder; or a recipe, and a temporary folder in which its data are prepared.
 
     Raises:
@@ -219,10 +316,11 @@ def _opened(words: list[str], workers: int | None = None) -> Iterator[tuple[Reci
         return
     recipe = Recipe.load(name, overrides)
     with tempfile.TemporaryDirectory(prefix="octavo-data-") as scratch:
-        console = Console()
+        console = Console("quiet" if quiet else "auto")
         console.note(f"preparing the data of {recipe.name} in a temporary folder (`octavo run` would keep them)")
         made = Pipeline(recipe, RunFolder(scratch), console, StopSignal(), workers)
-        made.data()
+        if recipe.data is not None:
+            made.data()
         made.tokenizer()
         yield recipe, Path(scratch)
 
