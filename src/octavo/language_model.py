@@ -12,7 +12,8 @@ from torch import Tensor
 
 from octavo.errors import CheckpointError, ConfigError, ConfigErrors, did_you_mean
 from octavo.files import write_json
-from octavo.hub.folder import load_model, read_config, save_model
+from octavo.hub import formats
+from octavo.hub.folder import assemble, load_model, model_config, read_config, save_model
 from octavo.infer.generate import Completion, encode_prompt, generate, pieces
 from octavo.infer.sampling import SamplingConfig
 from octavo.nn.contracts import Inputs
@@ -109,27 +110,60 @@ class LanguageModel:
         return name
 
 
-def load(path: str | Path, dtype: torch.dtype | str = "auto") -> LanguageModel:
-    """A model from a run or a model folder (GPT-2, Llama, Qwen2, Qwen3, or this project's own layout).
+def load(path: str | Path, dtype: torch.dtype | str = "auto", *, tokenizer: Tokenizer | None = None) -> LanguageModel:
+    """A model from a run, a model folder, a pulled repository (``org/name``) or a GGUF or llama2.c file.
 
     Args:
-        path: a run (its final model is taken, else the pretrained one) or a model folder.
-        dtype: ``auto`` keeps what was saved where this machine computes it fast, else fp32.
+        path: a run (its final model is taken, else the pretrained one), a model folder, a name or a file.
+        dtype: ``auto`` keeps what was saved where this machine computes it fast, else fp32; ``saved`` keeps it.
+        tokenizer: in place of the one that comes with the model.
 
     Raises:
         ConfigError: no model there. CheckpointError: a model that cannot be read exactly.
     """
-    from octavo.training.machine import best_precision
+    place = find_model(path, files=True)
+    if place.is_file():
+        return from_foreign(formats.read(place, tokenizer), place, dtype)
+    wanted = _dtype(dtype, read_config(place))
+    return LanguageModel(load_model(place, wanted), tokenizer or Tokenizer.load(place))
 
-    folder = find_model(path)
+
+def from_foreign(foreign: formats.Foreign, path: Path, dtype: torch.dtype | str = "auto") -> LanguageModel:
+    """The model of a file of another program; see ``load``.
+
+    Raises:
+        CheckpointError: its parts do not fit together, or it comes without a tokenizer.
+    """
+    if foreign.tokenizer is None:
+        raise CheckpointError(
+            f"{path} comes without a tokenizer", fix=f"octavo convert {path} TARGET --tokenizer FOLDER"
+        )
+    try:
+        config = model_config(foreign.config)
+        if dtype == "saved":  # what the file says of itself: its tensors may be of several formats
+            dtype = foreign.config.get("dtype") or foreign.config.get("torch_dtype") or "saved"
+        model = assemble(foreign.config, config, foreign.tensors, path, _dtype(dtype, foreign.config))
+    except CheckpointError as error:
+        if str(path) in error.what:
+            raise
+        raise CheckpointError(f"{path}: {error.what}", fix=error.fix) from None
+    return LanguageModel(model, foreign.tokenizer)
+
+
+def _dtype(dtype: torch.dtype | str, hf: Mapping[str, Any]) -> torch.dtype | None:
+    """The number format asked for, None for that of the saved weights."""
+    if dtype == "saved":
+        return None
     if dtype == "auto":
-        saved = read_config(folder).get("dtype") or read_config(folder).get("torch_dtype")
+        from octavo.training.machine import best_precision
+
+        saved = hf.get("dtype") or hf.get("torch_dtype")
         keep = saved == "bfloat16" and best_precision() == "bf16"
-        dtype = torch.bfloat16 if keep else torch.float32
+        return torch.bfloat16 if keep else torch.float32
     wanted = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
     if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
         raise ConfigError(f"dtype = {dtype!r} is not a number format of torch", fix="use auto, float32 or bfloat16")
-    return LanguageModel(load_model(folder, wanted), Tokenizer.load(folder))
+    return wanted
 
 
 def _sampling(config: SamplingConfig | None, settings: dict[str, Any]) -> SamplingConfig:

@@ -305,17 +305,29 @@ def environment(threads: int | None = None) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------- find a model
 
 
-def find_model(path: str | os.PathLike[str]) -> Path:
-    """The model folder meant by ``path``: itself, or the final (else the pretrained) one of a run.
+def find_model(path: str | os.PathLike[str], *, files: bool = False) -> Path:
+    """The model folder meant by ``path``: itself, the final (else the pretrained) one of a run, or a pulled one.
+
+    Args:
+        files: whether one of another program's files that hold a whole model will do (`octavo.hub.formats`).
 
     Raises:
         ConfigError: it is missing, a file, empty, a web address, or has no model in it.
+        CheckpointError: it is a pickle.
     """
+    from octavo.hub import formats, pulled
+
     text, folder = os.fspath(path), Path(path)
     if "://" in text:
-        raise ConfigError(f"{text} is a web address", fix="download it and give the folder")
+        raise ConfigError(f"{text} is a web address", fix="octavo pull ORG/NAME, or download it and give the folder")
     if not folder.exists():
-        raise ConfigError(f"{text} does not exist", fix=_names_like(folder))
+        found = pulled.find(text)
+        if found is None:
+            remote = pulled.is_name(text) and not folder.parent.is_dir()
+            raise ConfigError(f"{text} does not exist", fix=f"octavo pull {text}" if remote else _names_like(folder))
+        folder = found
+    if folder.is_file() and (kind := formats.recognise(folder)) is not None:
+        return _model_file(folder, kind, files)
     if folder.is_file():
         inside = (folder.parent / "config.json").is_file()
         fix = f"give its folder: {folder.parent}" if inside else _names_like(folder)
@@ -323,11 +335,24 @@ def find_model(path: str | os.PathLike[str]) -> Path:
     for candidate in (folder, folder / "model", folder / "base"):
         if (candidate / "config.json").is_file():
             return candidate
+    if (file := formats.locate(folder)) is not None:
+        return _model_file(file, str(formats.recognise(file)), files)
     if not any(folder.iterdir()):
         raise ConfigError(f"{text} is an empty folder", fix=_names_like(folder))
     if (folder / "recipe.yaml").is_file():
         raise ConfigError(f"{text} is a run that has no model yet", fix="run its recipe again: it goes on to the end")
     raise ConfigError(f"{text} has no config.json, so it is no model or run folder", fix=_names_like(folder))
+
+
+def _model_file(file: Path, kind: str, wanted: bool) -> Path:
+    """A file that holds a whole model, where one is ``wanted`` and reading it cannot run code."""
+    if kind == "pickle":
+        raise CheckpointError(
+            f"{file} is a pickle, and reading one can run code", fix=f"octavo convert --from-pickle {file} TARGET"
+        )
+    if not wanted:
+        raise ConfigError(f"{file} is a file, and this needs a model folder", fix=f"octavo convert {file} TARGET")
+    return file
 
 
 def _names_like(path: Path) -> str:

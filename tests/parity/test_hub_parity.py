@@ -65,6 +65,10 @@ CASES = {
     "phi3 long": transformers.Phi3Config(
         **SHAPE | {"num_key_value_heads": 4}, rope_parameters=LONG, original_max_position_embeddings=24
     ),
+    "nanochat": transformers.NanoChatConfig(**SHAPE, **THETA, final_logit_softcapping=3.0),
+    "nanochat biased": transformers.NanoChatConfig(
+        **SHAPE | {"num_key_value_heads": 4}, attention_bias=True, tie_word_embeddings=True, hidden_act="gelu"
+    ),
 }  # fmt: skip
 
 
@@ -196,7 +200,7 @@ def test_saved_here_it_loads_there(pair, tmp_path, shard_bytes):
     )
     assert not [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[key]]
     # An untied Llama shape without biases can be said as Llama or Qwen: the class may differ, not the function.
-    assert family in ("llama", "qwen2", "qwen3", "gpt2", "mistral", "gemma2", "olmo2", "phi3")
+    assert family in ("llama", "qwen2", "qwen3", "gpt2", "mistral", "gemma2", "olmo2", "phi3", "nanochat")
     tokens = some_tokens()
     wanted = theirs(tokens).logits
     close(again.eval()(tokens).logits, wanted)

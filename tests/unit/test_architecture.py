@@ -18,7 +18,7 @@ FOUNDATION = {"errors", "schema", "files", "failpoint", "stop", "metrics_file"}
 # Room -> the rooms it may import, beside the foundation and itself.
 MAY_SEE: dict[str, set[str]] = {
     **{name: set() for name in FOUNDATION},
-    "run": set(),
+    "run": {"hub"},
     "report": {"tokenizer", "hub", "models"},
     "tokenizer": set(),
     "data": {"tokenizer", "report"},
@@ -27,7 +27,7 @@ MAY_SEE: dict[str, set[str]] = {
     "batch": {"nn"},
     "objectives": {"nn", "batch"},
     "laws": {"nn", "models", "batch", "objectives", "data"},
-    "hub": {"nn", "models"},
+    "hub": {"nn", "models", "tokenizer"},
     "training": {"nn", "models", "batch", "objectives", "report"},
     "infer": {"nn", "models", "tokenizer"},
     "eval": {"nn", "models", "tokenizer", "infer", "report"},

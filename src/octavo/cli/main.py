@@ -55,6 +55,8 @@ VERBS: dict[str, Verb] = {
     "report": Verb("octavo.cli.report", KNOW, "Write the report page of a run."),
     "data": Verb("octavo.cli.data", MOVE, "Read, clean and pack text into shards."),
     "tokenizer": Verb("octavo.cli.tokenizer", MOVE, "Train, apply and inspect tokenizers."),
+    "convert": Verb("octavo.cli.convert", MOVE, "Write a model of another program as a folder of safetensors."),
+    "pull": Verb("octavo.cli.pull", MOVE, "Fetch a model from a hub or a mirror."),
     "schema": Verb("octavo.cli.schema", MOVE, "Print the JSON Schema of recipes, for editors."),
 }
 

@@ -16,11 +16,13 @@ from torch import Tensor
 from octavo.errors import CheckpointError, ConfigError, did_you_mean
 from octavo.files import fsync_path, make_folder, write_json
 from octavo.hub.family import Entry, Family
+from octavo.hub.formats import INDEX, PICKLED, WEIGHTS
 from octavo.hub.gemma2 import Gemma2
 from octavo.hub.gpt2 import GPT2
 from octavo.hub.llama import Llama
 from octavo.hub.minimind import MiniMind
 from octavo.hub.mistral import Mistral
+from octavo.hub.nanochat import NanoChat
 from octavo.hub.olmo2 import Olmo2
 from octavo.hub.phi3 import Phi3
 from octavo.hub.qwen import Qwen2, Qwen3
@@ -30,12 +32,10 @@ from octavo.schema import component
 # The first that can say exactly what a model is gets to write it.
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for family in (Llama(), Qwen2(), Qwen3(), GPT2(), Mistral(), Gemma2(), Olmo2(), Phi3(), MiniMind())
+    for family in (Llama(), Qwen2(), Qwen3(), GPT2(), Mistral(), Gemma2(), Olmo2(), Phi3(), MiniMind(), NanoChat())
 }
 NATIVE = "octavo"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

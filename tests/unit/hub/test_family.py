@@ -33,6 +33,16 @@ GPT2 = mixer(qkv_bias=True, o_bias=True) | {"channel": {"kind": "mlp", "activati
 GEMMA2 = mixer(scale=4**-0.5, softcap=2.0) | {"norm_placement": "sandwich"}
 GEMMA2_ENDS = {"norm": {"kind": "rmsnorm", "offset": True}, "embed_scale": 4.0, "logit_softcap": None}
 OLMO2 = mixer(qk_norm="rmsnorm", qk_norm_over="all") | {"norm_placement": "branch"}
+NANOCHAT = mixer(qk_norm={"kind": "rmsnorm", "weight": False}) | {
+    "channel": {"kind": "mlp", "activation": "relu_squared"}
+}
+NANOCHAT_ENDS = {
+    "norm": {"kind": "rmsnorm", "weight": False},
+    "positions": {"kind": "rope", "reverse": True},
+    "embed_norm": True,
+    "logit_softcap": 15.0,
+    "tie_embeddings": False,
+}
 LONG = {"kind": "longrope", "short": [1, 1, 2, 2], "long": [1, 2, 3, 4], "original": 16, "extended": 64}
 SIX = LONG | {"short": [1] * 6, "long": [2] * 6}
 CHOICES = {
@@ -53,6 +63,10 @@ CHOICES = {
     "phi3": config(positions={"kind": "rope", "fraction": 0.5}),
     "phi3 long": config(positions={"kind": "rope", "scaling": LONG}),
     "phi3 longer": config(positions={"kind": "rope", "scaling": LONG | {"magnitude": 2.0}}),
+    "nanochat": config(NANOCHAT, **NANOCHAT_ENDS),
+    "octavo nanochat forward": config(NANOCHAT, **NANOCHAT_ENDS | {"positions": "rope"}),
+    "octavo nanochat weighted": config(NANOCHAT, **NANOCHAT_ENDS | {"norm": "rmsnorm"}),
+    "octavo nanochat plain embedding": config(NANOCHAT, **NANOCHAT_ENDS | {"embed_norm": False}),
     "octavo interleaved": config(positions={"kind": "rope", "layout": "interleaved"}),
     "octavo post": config({"norm_placement": "post"}),
     "octavo residual": config({"residual_scale": 2.0}),

@@ -1,0 +1,81 @@
+"""``octavo convert``: a model of another program, once and for all as a folder of safetensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from octavo.errors import CheckpointError, ConfigError
+
+app = typer.Typer(rich_markup_mode="rich")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A GGUF, llama2.c or .pt file, a run, or a model folder.")],
+    target: Annotated[Path, typer.Argument(help="The folder to make; it must not exist.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder or file of the tokenizer, where the source comes without one.")
+    ] = None,
+    family: Annotated[str, typer.Option(help="Layout to write: llama, qwen2 ... or octavo.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or as in the source.")] = "saved",
+    from_pickle: Annotated[
+        bool, typer.Option("--from-pickle", help="Read a pickle (.pt, .bin), in a process of its own with limits.")
+    ] = False,
+) -> None:
+    """Write a model as a Hugging Face folder (safetensors), which everything here and elsewhere reads.
+
+    Example: [bold]octavo convert model.gguf my-model[/bold]   ·   [bold]octavo convert --from-pickle ckpt.pt gpt[/bold]
+    """
+    from octavo.hub import vocabulary
+
+    if target.exists() or target.is_symlink():
+        raise ConfigError(f"{target} exists, and nothing is overwritten", fix="give another name")
+    given = None if tokenizer is None else vocabulary.load(tokenizer, {"bos": "<|bos|>"})
+    lm = _open(source, given, dtype, from_pickle)
+    name = write_aside(lm, target, family)
+    n = sum(parameter.numel() for parameter in lm.model.parameters())
+    kind = str(next(lm.model.parameters()).dtype).removeprefix("torch.")
+    typer.echo(f"{target}: {name}, {n:,} parameters in {kind}, {lm.tokenizer.vocab_size:,} token ids")
+
+
+def _open(source: Path, tokenizer: Any, dtype: str, from_pickle: bool) -> Any:
+    from octavo import language_model
+
+    if not from_pickle:
+        return language_model.load(source, dtype, tokenizer=tokenizer)
+    from octavo.hub import formats, pickled
+
+    if not source.exists():
+        raise ConfigError(f"{source} does not exist", fix="give the checkpoint or its folder")
+    if source.is_file() and formats.recognise(source) != formats.PICKLE:
+        raise CheckpointError(f"{source} is no pickle", fix=f"octavo convert {source} TARGET")
+    return language_model.from_foreign(pickled.read(source, tokenizer), source, dtype)
+
+
+def write_aside(lm: Any, target: Path, family: str) -> str:
+    """Save a model as ``target``, which appears whole or not at all; returns its family.
+
+    Raises:
+        ConfigError: ``target`` has come to exist meanwhile.
+    """
+    import os
+    import secrets
+    import shutil
+
+    from octavo.files import fsync_path, make_folder
+
+    make_folder(target.absolute().parent)
+    aside = target.absolute().with_name(f".{target.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        name = lm.save(aside, family=family)
+        try:
+            os.rename(aside, target)  # an empty folder is replaced, anything else refuses
+        except OSError:
+            raise ConfigError(f"{target} exists, and nothing is overwritten", fix="give another name") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    fsync_path(target.absolute().parent)
+    return name
