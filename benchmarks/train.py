@@ -251,6 +251,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("bench-train"))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the peers are killed on the way out
     args.python = {k: str(Path(v).expanduser()) for k, v in (x.split("=", 1) for x in args.python)}
     shape = SHAPES[args.shape] | ({"rows": args.rows} if args.rows else {})
     work = args.work.resolve()
