@@ -6,7 +6,9 @@ with the same bits. The moments are those of ``octavo.failpoint.NAMES``: a new o
 
 import ast
 import os
+import random
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -129,6 +131,44 @@ def test_a_kill_at_each_moment_of_one_save_leaves_a_verified_step(tmp_path, reco
                 reached.add(name)
     assert sorted(reached) == sorted(SAVER), "a moment that no scenario reaches proves nothing"
     record("R3", n, failures, what="saves killed")
+
+
+@pytest.mark.parametrize("n", [20, pytest.param(500, marks=pytest.mark.slow)])
+def test_a_kill_at_a_random_moment_loses_at_most_the_step_being_saved(tmp_path, record, n):
+    def work(report: int) -> None:
+        found = checkpoint.recover(tmp_path)
+        step = found.step if found else 0
+        while True:
+            step += 1
+            save(tmp_path, step, run_id=f"p{os.getpid()}")
+            os.write(report, step.to_bytes(8, "little"))
+
+    chance, failures = random.Random(7), []
+    last = 0
+    for _ in range(n):
+        reader, report = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                work(report)
+            finally:
+                os._exit(99)
+        os.close(report)
+        os.read(reader, 8)  # the first save is done: from here any moment is as likely as another
+        time.sleep(chance.uniform(0, 0.03))
+        os.kill(pid, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        reported = b""
+        while block := os.read(reader, 65536):
+            reported += block
+        os.close(reader)
+        saved = int.from_bytes(reported[-8:], "little") if reported else last + 1
+        found = checkpoint.newest(tmp_path)
+        assert found is not None
+        if not found.step >= saved > last or found.notices or wrong(found.path, found.step):
+            failures.append(f"step {saved} was saved, {found} is found")
+        last = found.step
+    record("R3", n, failures, seed=7, what="saves killed at random moments")
 
 
 # ---------------------------------------------------------------------------------------- training

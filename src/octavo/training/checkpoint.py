@@ -269,8 +269,8 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[st
     Raises:
         CheckpointError: not a checkpoint, or any byte of it differs from what was saved.
     """
-    path = Path(path)
     refuse_foreign(path)
+    path = Path(path)
     fix = "load another step, or restore this one from a copy"
     try:
         files = (listed := manifest.read(path))["files"]
@@ -295,8 +295,19 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[st
         if (size, sha256) != (entry["size"], entry["sha256"]):
             raise CheckpointError(f"{path}/{name}: sha256 differs", fix=fix)
         if name == STATE:
-            state = json.loads(data)
+            state = _parse_state(data, path / name, fix)
     return tensors, state
+
+
+def _parse_state(data: bytes, path: Path, fix: str) -> dict[str, Any]:
+    """The state in a file whose hash is right: what was made wrong with a right hash must not get further either."""
+    try:
+        state = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON ({error})", fix=fix) from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: no JSON object", fix=fix)
+    return state
 
 
 # --------------------------------------------------------------------------------------------- choose

@@ -21,8 +21,8 @@ def find_steps(path: str | os.PathLike[str]) -> tuple[list[Path], list[Path]]:
     Raises:
         CheckpointError: it is none of these.
     """
-    path = Path(path)
     refuse_foreign(path)
+    path = Path(path)
     if is_step(path):
         return [path], []
     folders = [path] if _holds_steps(path) else []
@@ -44,14 +44,15 @@ def _holds_steps(path: Path) -> bool:
     return False
 
 
-def refuse_foreign(path: Path) -> None:
+def refuse_foreign(given: str | os.PathLike[str]) -> None:
     """Say what a path is that is no folder with something in it.
 
     Raises:
         CheckpointError: it is a web address, does not exist, is a file, is empty, or holds pickled weights.
     """
-    if WEB_ADDRESS.match(str(path)):
-        raise CheckpointError(f"{path} is a web address, not a folder", fix="download it and give the folder")
+    path = Path(given)
+    if WEB_ADDRESS.match(os.fspath(given)):
+        raise CheckpointError(f"{given} is a web address, not a folder", fix="download it and give the folder")
     if not path.exists():
         raise CheckpointError(f"{path} does not exist", fix=names_like(path))
     if path.is_dir() and not any(path.iterdir()):

@@ -65,9 +65,11 @@ def read(path: Path) -> dict[str, Any]:
         CheckpointError: ``manifest.json: `` and what is wrong with it.
     """
     try:
-        if not stat.S_ISREG((path / MANIFEST).lstat().st_mode):
+        file = os.path.join(path, MANIFEST)
+        if not stat.S_ISREG(os.lstat(file).st_mode):
             raise CheckpointError(f"{MANIFEST}: not a plain file")
-        data = (path / MANIFEST).read_bytes()
+        with open(file, "rb") as opened:
+            data = opened.read()
     except FileNotFoundError:
         raise CheckpointError(f"{MANIFEST}: missing") from None
     except OSError as error:
@@ -138,7 +140,7 @@ def verify(path: str | os.PathLike[str]) -> list[str]:
 def _compare_bytes(path: Path, found: FileCheck, sha256: str) -> FileCheck:
     began = time.perf_counter()
     try:
-        problem = "" if sha256_file(path / found.name) == sha256 else "sha256 differs"
+        problem = "" if sha256_file(os.path.join(path, found.name)) == sha256 else "sha256 differs"
     except OSError as error:
         problem = f"cannot be read ({error.strerror})"
     return FileCheck(found.name, found.size, problem, time.perf_counter() - began)

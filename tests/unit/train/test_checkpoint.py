@@ -1,59 +1,20 @@
-"""Checkpoints: exact round trips, every damage found, and a good step left after any kill or full disk."""
+"""Checkpoints: exact round trips, what is said of damage, which steps stay. Faults on purpose are in tests/fault."""
 
-import errno
+import hashlib
+import json
 import os
 import random
-import resource
 import shutil
-import signal
-import time
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from saving import assert_holds, content, damage, names, save
 
-from octavo.errors import CheckpointError, ResourceError
-from octavo.training import checkpoint, tensor_file
+from octavo.errors import CheckpointError
+from octavo.training import checkpoint, manifest
+from octavo.training.checkpoint_path import find_steps
 from octavo.training.random_state import capture_random, restore_random
-
-
-def content(step: int) -> tuple[dict[str, torch.Tensor], dict]:
-    """Tensors and state that tell which step they are of, so that a mixture would show."""
-    tensors = {"model/w": torch.full((7, 3), float(step)), "optimizer/m": torch.full((5,), step, dtype=torch.bfloat16)}
-    return tensors, {"step": step, "cursor": [step, 2 * step]}
-
-
-def save(folder: Path, step: int, keep: int = 2, run_id: str = "r1") -> Path:
-    return checkpoint.save(folder, step, *content(step), run_id=run_id, keep=keep)
-
-
-def assert_holds(path: Path, step: int) -> None:
-    tensors, state = checkpoint.load(path)
-    expected, expected_state = content(step)
-    assert state == expected_state
-    assert tensors.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert tensors[name].dtype == tensor.dtype and torch.equal(tensors[name], tensor)
-
-
-def in_child(work: Callable[[], None]) -> int:
-    """Run ``work`` in a forked child; its exit code, or minus the signal that ended it."""
-    pid = os.fork()
-    if pid == 0:
-        code = 99
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir())
-
 
 # --------------------------------------------------------------------------------------- round trips
 
@@ -110,70 +71,20 @@ def test_random_generators_go_on_where_they_were(tmp_path):
 # --------------------------------------------------------------------------------------------- damage
 
 
-def test_every_flipped_byte_is_found_and_its_file_named(tmp_path):
-    path = save(tmp_path, 350)
-    flipped = 0
-    for name in names(path):
-        data = (path / name).read_bytes()
-        for position in range(len(data)):
-            damaged = bytearray(data)
-            damaged[position] ^= 1 << (position % 8)
-            (path / name).write_bytes(damaged)
-            problems = checkpoint.verify(path)
-            assert problems and problems[0].startswith(f"{name}: "), (name, position, problems)
-            if position % 23 == 0:
-                with pytest.raises(CheckpointError, match=name):
-                    checkpoint.load(path)
-            flipped += 1
-        (path / name).write_bytes(data)
-    assert flipped > 700
-    assert checkpoint.verify(path) == []
-
-
-def test_truncated_missing_extra_and_swapped_files_are_found(tmp_path):
-    path, other = save(tmp_path / "a", 350), save(tmp_path / "b", 400)
-    for name in names(path):
-        data = (path / name).read_bytes()
-        for size in {0, 1, len(data) // 2, len(data) - 1}:
-            (path / name).write_bytes(data[:size])
-            assert any(problem.startswith(f"{name}: ") for problem in checkpoint.verify(path))
-        (path / name).write_bytes(data + b"\0")
-        assert any(problem.startswith(f"{name}: ") for problem in checkpoint.verify(path))
-        (path / name).write_bytes((other / name).read_bytes())
-        assert checkpoint.verify(path)
-        (path / name).unlink()
-        assert checkpoint.verify(path) == [f"{name}: missing"]
-        (path / name).symlink_to(other / name)
-        assert checkpoint.verify(path)
-        (path / name).unlink()
-        (path / name).write_bytes(data)
-    (path / "notes.txt").write_text("hello")
-    assert checkpoint.verify(path) == ["notes.txt: extra file"]
-    (path / "notes.txt").unlink()
-    assert checkpoint.verify(path) == []
-    renamed = path.rename(path.with_name("step-00000900"))
-    assert checkpoint.verify(renamed) == ["manifest.json: belongs to step 350"]
-
-
-def damage(path: Path) -> None:
-    data = bytearray((path / "model.safetensors").read_bytes())
-    data[-1] ^= 1
-    (path / "model.safetensors").write_bytes(data)
-
-
 def test_a_damaged_newest_step_is_passed_over_with_a_line_that_says_so(tmp_path):
     save(tmp_path, 350)
     damage(save(tmp_path, 400))
     found = checkpoint.newest(tmp_path)
-    assert (found.step, found.run_id) == (350, "r1")
+    assert found is not None and (found.step, found.run_id) == (350, "r1")
     assert found.notices == (
         f"warning[CHECKPOINT]: {tmp_path}/step-00000400/model.safetensors: sha256 differs. "
         "Fix: step-00000350 is used instead (50 steps lost). Kept: step-00000350, every byte verified.",
     )
     assert names(tmp_path) == ["step-00000350", "step-00000400"], "a reader changes nothing"
 
-    assert checkpoint.recover(tmp_path).notices == found.notices
-    assert checkpoint.recover(tmp_path).notices == ()
+    for notices in (found.notices, ()):
+        recovered = checkpoint.recover(tmp_path)
+        assert recovered is not None and recovered.notices == notices
     save(tmp_path, 375)
     assert names(tmp_path) == ["step-00000350", "step-00000375"]
 
@@ -193,6 +104,70 @@ def test_no_valid_step_is_an_error_and_never_step_0(tmp_path):
     (foreign / "weights.txt").write_text("1 2 3")
     with pytest.raises(CheckpointError, match=r"it holds weights\.txt"):
         checkpoint.newest(foreign)
+
+
+def test_each_passed_over_step_is_said_with_what_it_costs(tmp_path):
+    for step in (100, 200, 300):
+        save(tmp_path, step, keep=3)
+    (tmp_path / "step-00000300" / "state.json").unlink()
+    damage(tmp_path / "step-00000200", "optimizer.safetensors")
+    (tmp_path / "step-00000200" / "x").mkdir()
+    found = checkpoint.newest(tmp_path)
+    assert found is not None and [path.name for path in found.damaged] == ["step-00000300", "step-00000200"]
+    first, second = found.notices
+    assert "step-00000300/state.json: missing. Fix: step-00000100 is used instead (200 steps lost)" in first
+    assert "optimizer.safetensors: sha256 differs; x: extra file" in second and "(100 steps lost)" in second
+
+
+def test_the_manifest_of_older_versions_still_reads(tmp_path):
+    expected = (
+        b'{\n "format": 1,\n "step": 7,\n "run_id": "r",\n "files": {\n  "state.json": {\n   "size": 3,\n'
+        b'   "sha256": "ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356"\n  }\n },\n'
+        b' "sha256": "SELF"\n}\n'
+    )
+    data = manifest.build(7, "r", {"state.json": (3, hashlib.sha256(b"{}\n").hexdigest())})
+    own = json.loads(data)["sha256"]
+    assert data == expected.replace(b"SELF", own.encode())
+    body = json.dumps({name: value for name, value in json.loads(data).items() if name != "sha256"}, indent=1)
+    assert own == hashlib.sha256(body.encode()).hexdigest()
+    step = tmp_path / "step-00000007"
+    step.mkdir()
+    (step / "manifest.json").write_bytes(data)
+    (step / "state.json").write_bytes(b"{}\n")
+    assert checkpoint.verify(step) == [] and checkpoint.load(step) == ({}, {})
+    newer = json.dumps({**json.loads(data), "format": 2}).encode()
+    (step / "manifest.json").write_bytes(newer)
+    assert checkpoint.verify(step) == ["manifest.json: format 2, this Octavo reads format 1"]
+
+
+def test_what_is_no_step_is_named_for_what_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "runs" / "quick" / "pretrain" / "checkpoints", 100)
+    save(tmp_path / "runs" / "quick" / "tune" / "checkpoints", 300)
+    (tmp_path / "runs" / "quick" / "recipe.yaml").write_text("")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("hello")
+    folder = "runs/quick/pretrain/checkpoints"
+    for path, what, fix in (
+        (f"{folder}/step-0000100", "does not exist", f"did you mean `{folder}/step-00000100`?"),
+        ("runs/quik", "does not exist", "did you mean `runs/quick`?"),
+        ("empty", "is an empty folder", "did you mean `runs/quick`?"),
+        (f"{folder}/step-00000100/state.json", "is a file", f"give its folder: {folder}/step-00000100"),
+        ("notes/a.txt", "is a file", "did you mean"),
+        ("https://example.com/step-00000100", "https://example.com/step-00000100 is a web address", "download it"),
+    ):
+        for refuse in (checkpoint.load, find_steps):
+            with pytest.raises(CheckpointError) as caught:
+                refuse(path)
+            assert what in caught.value.what and fix in caught.value.fix, str(caught.value)
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        find_steps("notes")
+    step, stages = f"{folder}/step-00000100", [folder, "runs/quick/tune/checkpoints"]
+    assert [[str(path) for path in paths] for paths in find_steps(step)] == [[step], []]
+    assert [[str(path) for path in paths] for paths in find_steps(folder)] == [[], [folder]]
+    assert [[str(path) for path in paths] for paths in find_steps("runs/quick/tune")] == [[], stages[1:]]
+    assert [[str(path) for path in paths] for paths in find_steps("runs/quick")] == [[], stages]
 
 
 def test_pickles_are_never_opened(tmp_path):
@@ -229,26 +204,6 @@ def test_rotation_keeps_the_newest_and_drops_a_line_of_training_that_was_given_u
     assert_holds(tmp_path / "step-00000360", 360)
 
 
-def test_nothing_old_goes_when_the_new_step_reads_back_wrong(tmp_path, monkeypatch):
-    save(tmp_path, 100, keep=1)
-    real = tensor_file.write
-
-    def lying_disk(path, tensors):
-        result = real(path, tensors)
-        data = bytearray(path.read_bytes())
-        data[-1] ^= 4
-        path.write_bytes(data)
-        return result
-
-    monkeypatch.setattr(tensor_file, "write", lying_disk)
-    with pytest.raises(ResourceError, match="reads back other bytes"):
-        save(tmp_path, 200, keep=1)
-    with pytest.raises(ResourceError, match="reads back other bytes"):
-        save(tmp_path, 100, keep=1)
-    assert names(tmp_path) == ["step-00000100"]
-    assert_holds(tmp_path / "step-00000100", 100)
-
-
 def test_a_step_saved_again_is_replaced(tmp_path):
     save(tmp_path, 100)
     tensors, state = content(100)
@@ -260,6 +215,72 @@ def test_a_step_saved_again_is_replaced(tmp_path):
     assert_holds(tmp_path / "step-00000100", 100)
 
 
+def test_a_step_without_all_its_files_is_not_counted_as_kept(tmp_path):
+    for step in (100, 200, 300):
+        save(tmp_path, step, keep=3)
+    with open(tmp_path / "step-00000300" / "model.safetensors", "ab") as file:
+        file.truncate(10)
+    save(tmp_path, 400, keep=2)
+    assert names(tmp_path) == ["step-00000200", "step-00000400"]
+    (tmp_path / "step-00000200" / "state.json").unlink()
+    save(tmp_path, 500, keep=3)
+    assert names(tmp_path) == ["step-00000200", "step-00000400", "step-00000500"], "too few are whole for any to go"
+
+
+def test_the_step_before_stays_when_it_is_the_only_whole_one(tmp_path):
+    save(tmp_path, 100)
+    damage(save(tmp_path, 200))
+    found = checkpoint.recover(tmp_path)
+    assert found is not None and found.step == 100
+    assert [name.partition("-step-")[0] for name in names(tmp_path)] == ["damaged", "step-00000100"]
+    save(tmp_path, 150, keep=2)
+    assert names(tmp_path) == ["step-00000100", "step-00000150"]
+
+
+def test_a_save_leaves_the_unfinished_folders_of_others(tmp_path):
+    (tmp_path / "step-00000100.tmp-other").mkdir(parents=True)
+    (tmp_path / "step-00000050.tmp-r1").mkdir()
+    (tmp_path / "drop.tmp-step-00000010-ab").mkdir()
+    save(tmp_path, 100)
+    assert names(tmp_path) == ["step-00000100", "step-00000100.tmp-other"]
+
+
+def test_readers_change_nothing(tmp_path):
+    save(tmp_path, 100)
+    damage(save(tmp_path, 200))
+    for name in ("step-00000300.tmp-dead", "drop.tmp-step-00000050-ab", "damaged-step-00000070-ab"):
+        shutil.copytree(tmp_path / "step-00000100", tmp_path / name)
+
+    def everything() -> dict[str, tuple[int, bytes]]:
+        return {str(p): (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else b"") for p in tmp_path.rglob("*")}
+
+    before = everything()
+    found = checkpoint.newest(tmp_path)
+    assert found is not None and found.step == 100
+    checkpoint.load(found.path)
+    checkpoint.verify(tmp_path / "step-00000200")
+    find_steps(tmp_path)
+    with pytest.raises(CheckpointError):
+        checkpoint.load(tmp_path / "step-00000200")
+    assert everything() == before
+
+
+def test_a_reader_looks_again_when_a_rotation_takes_what_it_was_reading(tmp_path, monkeypatch):
+    save(tmp_path, 100, keep=1)
+    real, raced = manifest.read, []
+
+    def slow(path):
+        if not raced:
+            raced.append(path)
+            save(tmp_path, 200, keep=1)
+        return real(path)
+
+    monkeypatch.setattr(manifest, "read", slow)
+    found = checkpoint.newest(tmp_path)
+    assert found is not None and (found.step, found.notices) == (200, ())
+    assert raced[0].name == "step-00000100"
+
+
 def test_leftovers_go_but_a_whole_one_is_finished(tmp_path):
     save(tmp_path, 100)
     whole = save(tmp_path / "elsewhere", 200)
@@ -268,166 +289,10 @@ def test_leftovers_go_but_a_whole_one_is_finished(tmp_path):
     (tmp_path / "step-00000300.tmp-dead").mkdir()
     (tmp_path / "step-00000300.tmp-dead" / "model.safetensors").write_bytes(b"half")
     shutil.copytree(tmp_path / "step-00000100", tmp_path / "drop.tmp-step-00000050-ab")
-    assert checkpoint.newest(tmp_path).step == 100
+    found = checkpoint.newest(tmp_path)
+    assert found is not None and found.step == 100
     assert len(names(tmp_path)) == 4, "a reader removes nothing"
-    assert checkpoint.recover(tmp_path).step == 200
+    found = checkpoint.recover(tmp_path)
+    assert found is not None and found.step == 200
     assert names(tmp_path) == ["step-00000100", "step-00000200"]
     assert_holds(tmp_path / "step-00000200", 200)
-
-
-# ---------------------------------------------------------------------------------------------- kills
-
-# A kill before an fsync leaves what a kill after the write before it does, so only failing disks need it.
-OPERATIONS = ("open", "write", "mkdir", "rename", "unlink", "rmdir")
-
-
-def fail_at(number: int, fail: Callable[[], None], operations: tuple[str, ...] = OPERATIONS) -> list[int]:
-    """Have this process's file operation ``number`` (from 1) ``fail`` instead; the count so far, in a list."""
-    count = [0]
-
-    def wrap(real):
-        def operation(*args, **kwargs):
-            count[0] += 1
-            if count[0] == number:
-                fail()
-            return real(*args, **kwargs)
-
-        return operation
-
-    for name in operations:
-        setattr(os, name, wrap(getattr(os, name)))
-    return count
-
-
-def kill_self() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.parametrize("before, step, keep", [((), 100, 1), ((100,), 200, 1), ((100, 200), 300, 2), ((100,), 100, 1)])
-def test_a_kill_before_each_file_operation_leaves_a_verified_step(tmp_path, before, step, keep):
-    number = 0
-    while True:
-        number += 1
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        for earlier in before:
-            save(folder, earlier)
-
-        def work(folder=folder, number=number):
-            fail_at(number, kill_self)
-            save(folder, step, keep=keep, run_id="killed")
-
-        code = in_child(work)
-        found = checkpoint.recover(folder)
-        assert not [name for name in names(folder) if "tmp-" in name]
-        assert not [path for path in folder.iterdir() if checkpoint.verify(path)], f"operation {number}: half a step"
-        if found is None:
-            assert not before, f"operation {number}: the earlier step is gone"
-        else:
-            assert found.step in (*before[-1:], step) and not found.notices
-            assert_holds(found.path, found.step)
-        shutil.rmtree(folder)
-        if code == 0:
-            break
-        assert code == -signal.SIGKILL
-    assert number > 10
-
-
-def test_random_kills_lose_at_most_the_step_being_saved(tmp_path):
-    def work(report: int) -> None:
-        found = checkpoint.recover(tmp_path)
-        step = found.step if found else 0
-        while True:
-            step += 1
-            save(tmp_path, step, run_id=f"p{os.getpid()}")
-            os.write(report, step.to_bytes(8, "little"))
-
-    chance = random.Random(7)
-    last = 0
-    for _ in range(20):
-        reader, report = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                work(report)
-            finally:
-                os._exit(99)
-        os.close(report)
-        os.read(reader, 8)  # the first save is done: from here any moment is as likely as another
-        time.sleep(chance.uniform(0, 0.03))
-        os.kill(pid, signal.SIGKILL)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-        reported = b""
-        while block := os.read(reader, 65536):
-            reported += block
-        os.close(reader)
-        saved = int.from_bytes(reported[-8:], "little") if reported else last + 1
-        found = checkpoint.newest(tmp_path)
-        assert found.step >= saved > last and not found.notices
-        assert_holds(found.path, found.step)
-        last = found.step
-    assert last >= 20
-
-
-# ------------------------------------------------------------------------------------------ full disks
-
-
-@pytest.mark.parametrize("step", [200, 100])
-def test_a_failing_disk_keeps_a_step_and_leaves_nothing_behind(tmp_path, step):
-    codes = (errno.ENOSPC, errno.EIO, errno.EROFS)
-    number, code = 0, 6
-    while code:
-        number += 1
-        folder = tmp_path / str(number)
-        save(folder, 100)
-
-        def fail(code=codes[number % 3]):
-            raise OSError(code, os.strerror(code))
-
-        def work(folder=folder, number=number, fail=fail):
-            count = fail_at(number, fail, (*OPERATIONS, "fsync"))
-            try:
-                save(folder, step, keep=1)
-            except ResourceError as error:
-                assert error.exit_code == 6 and "step-00000" in error.kept
-                os._exit(6)
-            os._exit(7 if count[0] >= number else 0)
-
-        code = in_child(work)
-        assert code in (0, 6, 7)
-        found = checkpoint.newest(folder)
-        assert found.step == step or code == 6
-        assert_holds(found.path, found.step)
-        if code == 6:
-            assert not [name for name in names(folder) if "tmp-step" not in name and ".tmp-replaced-" not in name and "tmp-" in name]
-        assert checkpoint.recover(folder).step == found.step
-        assert not [name for name in names(folder) if "tmp-" in name]
-    assert number > 15
-
-
-def test_a_file_size_limit_at_any_size_is_reported_and_cleaned_up(tmp_path):
-    save(tmp_path, 100)
-    largest = max(file.stat().st_size for file in (tmp_path / "step-00000100").iterdir())
-    for limit in range(0, largest, max(1, largest // 24)):
-
-        def work(limit=limit):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-            try:
-                save(tmp_path, 200)
-            except ResourceError:
-                os._exit(6)
-
-        assert in_child(work) == 6
-        assert names(tmp_path) == ["step-00000100"]
-    assert_holds(tmp_path / "step-00000100", 100)
-
-
-def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
-    save(tmp_path, 100)
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=300))
-    monkeypatch.setattr(os, "mkdir", lambda *args: pytest.fail("it began to write"))
-    with pytest.raises(ResourceError, match="has 300 free") as caught:
-        save(tmp_path, 200)
-    assert "step-00000100" in caught.value.kept
-    assert names(tmp_path) == ["step-00000100"]
