@@ -53,6 +53,7 @@ VERBS: dict[str, Verb] = {
     "serve": Verb("octavo.cli.serve", USE, "Serve a model over HTTP (OpenAI-compatible) with a web chat."),
     "eval": Verb("octavo.cli.eval", KNOW, "Score a model on held-out text and questions."),
     "report": Verb("octavo.cli.report", KNOW, "Write the report page of a run."),
+    "checkpoint": Verb("octavo.cli.checkpoint", KNOW, "Read saved training state again: is every byte as it was?"),
     "data": Verb("octavo.cli.data", MOVE, "Read, clean and pack text into shards."),
     "tokenizer": Verb("octavo.cli.tokenizer", MOVE, "Train, apply and inspect tokenizers."),
     "convert": Verb("octavo.cli.convert", MOVE, "Write a model of another program as a folder of safetensors."),
