@@ -7,8 +7,12 @@ exclude each other cannot be written down together.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from typing import Annotated, Any, Union
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidatorFunctionWrapHandler, WrapValidator
@@ -20,16 +24,36 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
+ALLOW_CODE = "OCTAVO_ALLOW_CODE"
+_no_imports: ContextVar[bool] = ContextVar("no_imports", default=False)
+
+
+@contextlib.contextmanager
+def no_imports() -> Iterator[None]:
+    """Inside, a configuration may name only classes of modules that are loaded: a file from a stranger runs nothing.
+
+    The environment variable OCTAVO_ALLOW_CODE=1 lifts it.
+    """
+    token = _no_imports.set(True)
+    try:
+        yield
+    finally:
+        _no_imports.reset(token)
+
+
 def load_object(path: str) -> Any:
     """Import ``package.module:Name``.
 
     Raises:
-        ValueError: the module or the name in it does not exist (pydantic reports where it was written).
+        ValueError: the module or the name in it does not exist or may not be imported (pydantic reports where it was
+            written).
     """
     module, _, name = path.partition(":")
+    if _no_imports.get() and module not in sys.modules and os.environ.get(ALLOW_CODE) != "1":
+        raise ValueError(f"{path!r} is code to run; import {module} first, or set {ALLOW_CODE}=1 if you trust it")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever running a stranger's or a half-finished module comes to
         raise ValueError(f"cannot import {path!r}: {error}") from None
 
 

@@ -19,6 +19,7 @@ from octavo.hub.family import Entry, Family
 from octavo.hub.formats import INDEX, PICKLED, WEIGHTS
 from octavo.hub.gemma2 import Gemma2
 from octavo.hub.gpt2 import GPT2
+from octavo.hub.limits import check_header, check_layers, check_sizes, read_json
 from octavo.hub.llama import Llama
 from octavo.hub.minimind import MiniMind
 from octavo.hub.mistral import Mistral
@@ -27,7 +28,7 @@ from octavo.hub.olmo2 import Olmo2
 from octavo.hub.phi3 import Phi3
 from octavo.hub.qwen import Qwen2, Qwen3
 from octavo.models.decoder import MODELS, Decoder, build
-from octavo.schema import component
+from octavo.schema import component, no_imports
 
 # The first that can say exactly what a model is gets to write it.
 FAMILIES: dict[str, Family] = {
@@ -45,12 +46,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         CheckpointError: missing, not JSON, or without model_type.
     """
     path = Path(folder) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist", fix="give the folder of a model") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}", fix="restore the file") from None
+    config = read_json(path)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{path} names no model_type", fix="give a folder written by transformers or octavo")
     return config
@@ -68,10 +64,15 @@ def family_of(model_type: str) -> Family:
 
 def model_config(hf: Mapping[str, Any]) -> Decoder.Config:
     """Our configuration of a config.json."""
+    check_layers(hf)
     try:
-        if hf["model_type"] == NATIVE:
-            return component(MODELS, hf["model"]["kind"]).Config.model_validate(hf["model"])
-        return family_of(hf["model_type"]).of(hf).read(hf)
+        with no_imports():
+            if hf["model_type"] == NATIVE:
+                config = component(MODELS, hf["model"]["kind"]).Config.model_validate(hf["model"])
+            else:
+                config = family_of(hf["model_type"]).of(hf).read(hf)
+        check_sizes(config.model_dump())
+        return config
     except KeyError as error:
         raise CheckpointError(f"config.json has no {error.args[0]}", fix="restore the file") from None
     except ValidationError as error:
@@ -79,8 +80,8 @@ def model_config(hf: Mapping[str, Any]) -> Decoder.Config:
         where = ".".join(map(str, first["loc"]))
         said = f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
         raise CheckpointError(f"config.json does not make sense: {said}", fix="restore the file") from None
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
-        first = str(error).splitlines()[0]
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        first = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"config.json does not make sense: {first}", fix="restore the file") from None
 
 
@@ -112,12 +113,19 @@ def assemble(
     Raises:
         CheckpointError: any tensor missing, left over or of another shape.
     """
+    if config.n_layers > len(tensors):  # before as many are built
+        raise CheckpointError(
+            f"{folder}: config.json has {config.n_layers} layers, the weights {len(tensors)} tensors",
+            fix="use a folder whose config.json and weights belong together",
+        )
     model = build(config, device="meta")
     own = dict(model.named_parameters())
     if hf["model_type"] == NATIVE:
         found = _check(own, tensors, folder)
     else:
         found = _from_foreign(family_of(hf["model_type"]).of(hf), config, own, tensors, folder)
+    if whole := next((name for name, tensor in found.items() if not tensor.is_floating_point()), None):
+        raise CheckpointError(f"{folder}: {whole} holds {found[whole].dtype}, no weights", fix="restore the file")
     dtype = dtype or next(iter(found.values())).dtype
     model.to_empty(device="cpu")
     with torch.no_grad():
@@ -198,7 +206,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
     if (folder / INDEX).is_file():
         try:
-            where = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            where = read_json(folder / INDEX)["weight_map"]
             files = sorted(set(where.values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{folder / INDEX} is damaged: {error}", fix="restore the file") from None
@@ -217,6 +225,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name in files:
         try:
+            check_header(folder / name)
             tensors |= load_file(folder / name)
         except FileNotFoundError:
             raise CheckpointError(f"{folder / name} is missing, {INDEX} names it", fix="restore the file") from None

@@ -154,7 +154,7 @@ def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
     if isinstance(template, str):
         return template
     if isinstance(template, list):  # several, by name
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, Mapping)}
+        named = {str(t.get("name")): t.get("template") for t in template if isinstance(t, Mapping)}
         template = named.get("default", next(iter(named.values()), None))
         return template if isinstance(template, str) else None
     return None

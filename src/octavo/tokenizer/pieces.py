@@ -11,10 +11,12 @@ import codecs
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, AnyStr
 
 from octavo.errors import CheckpointError
 
+MAX_STEPS = 32  # of a decoder; those in use have at most six
+MAX_TABLE_BYTES = 64 << 20  # of all tokens together
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
 # WordPiece's cleanup acts on each token with its leading space (order matters; as in the `tokenizers` library).
 _CLEANUP = (
@@ -65,8 +67,11 @@ class ByteTable:
         self.special = frozenset(special)
         self.contents = [(token or "").encode("utf-8") for token in tokens]
         steps = _steps(decoder)
+        if len(steps) > MAX_STEPS:
+            raise CheckpointError(f"the decoder in tokenizer.json has {len(steps)} steps", fix="use another tokenizer")
         self.first: list[bytes] = []
         self.rest: list[bytes] = []
+        size = 0
         for i, token in enumerate(tokens):
             if token is None or i in special:
                 first = rest = b""
@@ -76,6 +81,10 @@ class ByteTable:
                 first, rest = _run(steps, token, True), _run(steps, token, False)
             self.first.append(first)
             self.rest.append(rest)
+            size += len(first) + len(rest)
+            if size > MAX_TABLE_BYTES:
+                what = f"the tokens in tokenizer.json stand for more than {MAX_TABLE_BYTES >> 20} MiB of text"
+                raise CheckpointError(what, fix="use another tokenizer")
 
     def join(self, ids: Sequence[int], *, skip_special: bool = True) -> bytes:
         """The bytes of a whole text. Special ids give nothing, or their name if ``skip_special`` is false."""
@@ -101,6 +110,13 @@ def _steps(decoder: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
     return [decoder]
 
 
+def _strip(text: AnyStr, mark: AnyStr, times: int) -> AnyStr:
+    """``text`` without ``mark`` at its beginning, up to ``times`` times."""
+    while times > 0 and mark and text.startswith(mark):
+        text, times = text[len(mark) :], times - 1
+    return text
+
+
 def _run(steps: Sequence[Mapping[str, Any]], token: str, first: bool) -> bytes:
     text: str = token
     raw: bytes | None = None
@@ -110,8 +126,7 @@ def _run(steps: Sequence[Mapping[str, Any]], token: str, first: bool) -> bytes:
             continue
         if raw is not None:
             if kind == "Strip" and first:
-                for _ in range(step["start"]):
-                    raw = raw.removeprefix(step["content"].encode("utf-8"))
+                raw = _strip(raw, step["content"].encode("utf-8"), step["start"])
             continue
         if kind == "ByteLevel":
             raw = unmap_bytes(text)
@@ -127,9 +142,10 @@ def _run(steps: Sequence[Mapping[str, Any]], token: str, first: bool) -> bytes:
                     "decoder Replace with a regular expression is not supported", fix="use a tokenizer with a plain one"
                 )
             text = text.replace(step["pattern"]["String"], step["content"])
+            if len(text) > MAX_TABLE_BYTES:  # a chain of them can double it at every step
+                raise CheckpointError(f"a token in tokenizer.json stands for {len(text):,} characters", fix="repair it")
         elif kind == "Strip":
-            for _ in range(step["start"] if first else 0):
-                text = text.removeprefix(step["content"])
+            text = _strip(text, step["content"], step["start"]) if first else text
         elif kind == "WordPiece":
             prefix = step["prefix"]
             if not first:

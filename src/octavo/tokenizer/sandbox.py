@@ -362,9 +362,7 @@ def _meter(node: Any, depth: int = 0) -> Any:
         return toll(concat, nodes.Tuple(node.nodes, "load", lineno=node.lineno, environment=node.environment))
     elif isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice):
         return toll(a_slice, node)
-    elif isinstance(node, nodes.Compare):
-        node.expr = toll(look, node.expr)
-    elif isinstance(node, nodes.Operand) and not isinstance(node.expr, nodes.Const):
+    elif isinstance(node, (nodes.Compare, nodes.Operand)) and not isinstance(node.expr, nodes.Const):
         node.expr = toll(look, node.expr)
     return node
 

@@ -148,7 +148,7 @@ def _entries(path: Path, header: bytes, data_bytes: int) -> list[tuple[str, str,
             and dtype in DTYPES
             and start == position
             and isinstance(shape, list)
-            and all(isinstance(length, int) and length >= 0 for length in shape)
+            and all(type(length) is int and length >= 0 for length in shape)
             and end - start == math.prod(shape) * getattr(torch, DTYPES[dtype]).itemsize
         )
         if not valid:
