@@ -28,7 +28,7 @@ def freeze(recipe: Recipe, existing: Mapping[str, Any] | None) -> tuple[Recipe, 
         before = (existing or {}).get(name) or {}
         known = {
             key: before[key]
-            for key, auto in (("precision", "auto"), ("compile", "auto"), ("threads", None))
+            for key, auto in (("precision", "auto"), ("compile", "auto"), ("attention", "auto"), ("threads", None))
             if getattr(section, key) == auto and before.get(key) not in (None, auto)
         }
         section, new = resolve(section.model_copy(update=known))

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.nn.contracts import full_precision
+from octavo.nn.kernels import attention
 
 Attend = Callable[..., Tensor]
 
@@ -94,5 +95,15 @@ def sdpa(
     )
 
 
-AttendName = Literal["sdpa", "plain"]
+# kernel: this library's own, for causal training passes on the CPU, elsewhere sdpa; auto: kernel where there is one.
+AttendName = Literal["auto", "sdpa", "plain", "kernel"]
 ATTENDS: dict[str, Attend] = {"sdpa": sdpa, "plain": plain}
+
+
+def by_ranges(backend: AttendName, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether causal attention over a row's own tokens runs through ``kernels.attention.causal``.
+
+    Only with gradients: what is read without them reads the same through every door, cached or not.
+    """
+    wanted = backend in ("auto", "kernel") and torch.is_grad_enabled() and attention.supported(q, k, v)
+    return wanted and attention.available()

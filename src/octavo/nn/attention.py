@@ -6,10 +6,11 @@ from abc import ABC, abstractmethod
 from typing import Literal
 
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
-from octavo.nn.attend import ATTENDS, Attend, AttendName, attention_weights
+from octavo.nn.attend import ATTENDS, Attend, AttendName, attention_weights, by_ranges, sdpa
 from octavo.nn.contracts import Aux, Capabilities, Context, Dims, Keys, Mixer
+from octavo.nn.kernels.attention import causal
 from octavo.nn.norm import LayerNorm, Norm, RMSNorm
 from octavo.nn.projection import Projection
 from octavo.nn.state import LayerState, StateField, StateSpec
@@ -90,7 +91,7 @@ class Attention(Mixer):
         scale: float | None = Field(default=None, gt=0, description="default: head_dim ** -0.5")
         softcap: float | None = Field(default=None, gt=0, description="bound of the scores, by tanh")
         dropout: float = Field(default=0.0, ge=0, lt=1)
-        backend: AttendName = "sdpa"
+        backend: AttendName = "auto"
 
         @model_validator(mode="after")
         def _heads_divide(self) -> Attention.Config:
@@ -116,7 +117,8 @@ class Attention(Mixer):
         self.q_norm: Norm | None = make(config.qk_norm, H * K if together else K) if make else None
         self.k_norm: Norm | None = make(config.qk_norm, G * K if together else K) if make else None
         self.reader: Reader = WindowReader(config.window, dims.max_seq_len) if config.window else FullReader()
-        self.attend: Attend = ATTENDS[config.backend]
+        self.attend: Attend = ATTENDS.get(config.backend, sdpa)
+        self.backend: AttendName = config.backend  # training puts what it chose in the place of auto
 
     def state_spec(self) -> StateSpec:
         return self.reader.state_spec(self.n_kv_heads, self.head_dim)
@@ -133,16 +135,25 @@ class Attention(Mixer):
             q, k = ctx.rotation(q), ctx.rotation(k)
         keys, k, v = self.reader.gather(k, v, ctx, state)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        scale = self.config.scale
+        if self._by_ranges(q, k, v, ctx, state):
+            first = None if ctx.plain and self.reader.window is None else ctx.first_keys(self.reader.window)
+            return self.o(causal(q, k, v, first, scale=scale).transpose(1, 2).reshape(B, T, -1)), {}
         # Only when nothing is packed, padded, cached or windowed does a flag say all that the mask would.
         flag = ctx.plain and self.reader.causal and (self.reader.window is None or self.reader.window >= T)
         mask = None if flag else ctx.mask(keys, causal=self.reader.causal, window=self.reader.window)
-        scale, softcap = self.config.scale, self.config.softcap
+        softcap = self.config.softcap
         if "attention" in ctx.record:
             weights = attention_weights(q, k, mask, causal=flag, scale=scale, softcap=softcap)
             ctx.recorded.setdefault("attention", []).append(weights)
         dropout = self.config.dropout if self.training else 0.0
         y = self.attend(q, k, v, mask, causal=flag, scale=scale, softcap=softcap, dropout=dropout)
         return self.o(y.transpose(1, 2).reshape(B, T, -1)), {}
+
+    def _by_ranges(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, state: LayerState | None) -> bool:
+        c = self.config
+        told = self.training and self.reader.causal and state is None and "attention" not in ctx.record
+        return told and not c.dropout and c.softcap is None and by_ranges(self.backend, q, k, v)
 
     def flops(self, n_queries: int, n_keys: int) -> int:
         projections = sum(p.d_in * p.d_out for p in (self.q, self.k, self.v, self.o))
@@ -152,3 +163,10 @@ class Attention(Mixer):
         norms = [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
         products = sum(p.n_parameters() for p in (self.q, self.k, self.v, self.o))
         return products + sum(norm.predicted_parameters() for norm in norms)
+
+
+def use_backend(model: nn.Module, backend: AttendName) -> None:
+    """Let every attention of ``model`` whose own setting is ``auto`` use ``backend`` from now on."""
+    for module in model.modules():
+        if isinstance(module, Attention) and module.config.backend == "auto":
+            module.backend = backend

@@ -78,6 +78,7 @@ class Context:
     record: frozenset[str] = frozenset()
     recorded: dict[str, list[Tensor]] = field(default_factory=dict)
     _masks: dict[tuple[bool, int | None], Tensor] = field(default_factory=dict)
+    _first_keys: dict[int | None, Tensor] = field(default_factory=dict)
 
     def mask(self, keys: Keys, *, causal: bool = True, window: int | None = None) -> Tensor:
         """The mask rule: who may read whom, (B, 1, T, S), True where reading is allowed.
@@ -99,6 +100,21 @@ class Context:
         if shared:
             self._masks[causal, window] = mask
         return mask
+
+    def first_keys(self, window: int | None = None) -> Tensor:
+        """The mask rule as ranges, (B, T) int32: token t may read the tokens from the one given to itself.
+
+        -1 on padding, which reads nothing and is read by nothing. Only where the keys are the row's own tokens
+        (no state) and every document of a row is in one piece.
+        """
+        if window in self._first_keys:
+            return self._first_keys[window]
+        order = torch.arange(self.slots.shape[1], device=self.slots.device)
+        first = torch.where(self.starts, order, 0).cummax(1).values
+        if window is not None:  # it counts valid tokens, wherever padding is
+            first = torch.maximum(first, torch.searchsorted(self.slots, (self.slots - (window - 1)).contiguous()))
+        first = self._first_keys[window] = torch.where(self.valid, first, -1).int()
+        return first
 
 
 @dataclass

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from octavo.batch import Batch
 from octavo.errors import CheckpointError, ResourceError, StopRequested
 from octavo.metrics_file import MetricsFile
+from octavo.nn.attention import use_backend
 from octavo.objectives.contract import Objective
 from octavo.stop import StopSignal
 from octavo.training import checkpoint
@@ -77,6 +78,7 @@ class Trainer:
         if config.threads:
             set_threads(config.threads)
         model.to(config.device)
+        use_backend(model, config.attention)
         if config.activation_checkpointing:
             recompute_blocks(model)
         self.dtype = DTYPES[config.precision]

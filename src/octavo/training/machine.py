@@ -5,14 +5,14 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from octavo.nn.kernels import build
+from octavo.nn.kernels.build import compiler
 from octavo.training.settings import TrainConfig
 
 Precision = Literal["fp32", "bf16"]
@@ -64,14 +64,6 @@ def best_precision(device: str = "cpu") -> Precision:
     return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
 
 
-def compiler() -> str | None:
-    """The C++ compiler that torch.compile would use, or None."""
-    if wanted := os.environ.get("CXX"):
-        return shutil.which(wanted)
-    names = ("clang++",) if sys.platform == "darwin" else ("g++", "c++", "clang++")
-    return next((path for name in names if (path := shutil.which(name))), None)
-
-
 def use_compile_cache() -> Path:
     """Let compiled code survive the process: in TORCHINDUCTOR_CACHE_DIR or the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "octavo" / "inductor"
@@ -119,4 +111,12 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
         changes["compile"] = "off" if reason else "step"
         if reason:
             notices.append(f"training runs uncompiled, about half as fast: {reason}")
+    if config.attention != "sdpa" and config.device == "cpu":
+        reason = build.attempt()[1]
+        if reason:
+            notices.append(f"attention runs through torch's own kernels, slower: {reason}")
+        if config.attention == "auto":
+            changes["attention"] = "sdpa" if reason else "kernel"
+    elif config.attention == "auto":
+        changes["attention"] = "sdpa"
     return config.model_copy(update=changes), notices

@@ -33,6 +33,7 @@ class TrainConfig(Config):
     clip_norm: float | None = Field(default=1.0, gt=0, description="longest gradient (l2 norm); null: no limit")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: Literal["auto", "step", "off"] = "auto"
+    attention: Literal["auto", "kernel", "sdpa"] = Field(default="auto", description="for mixers with backend auto")
     threads: int | None = Field(default=None, ge=1, description="default: the cores of this process")
     device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?|mps)$")
     activation_checkpointing: bool = Field(default=False, description="recompute each block in the backward pass")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from octavo.nn.kernels import build
 from octavo.training import machine
 from octavo.training.settings import TrainConfig
 
@@ -70,9 +71,20 @@ def test_the_compiler_is_found_as_torch_finds_it(tmp_path, monkeypatch):
 def test_without_a_compiler_training_is_not_compiled_and_one_line_says_so(tmp_path, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    resolved, notices = machine.resolve(TrainConfig())
+    resolved, notices = machine.resolve(TrainConfig(attention="sdpa"))
     assert resolved.compile == "off"
     assert len(notices) == 1 and "no C++ compiler" in notices[0] and "\n" not in notices[0]
+
+
+def test_without_a_compiler_attention_is_torchs_own_and_one_line_says_so(tmp_path, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(build, "attempt", build.attempt.__wrapped__)  # this process may have built it before
+    resolved, notices = machine.resolve(TrainConfig(compile="off"))
+    assert resolved.attention == "sdpa"
+    assert len(notices) == 1 and "no C++ compiler" in notices[0] and "\n" not in notices[0]
+    kept, notices = machine.resolve(TrainConfig(compile="off", attention="kernel"))  # a run begun elsewhere
+    assert kept.attention == "kernel" and len(notices) == 1
 
 
 @pytest.mark.slow
@@ -95,7 +107,7 @@ def test_the_compile_cache_outlives_the_process(tmp_path, monkeypatch):
 
 
 def test_what_was_chosen_stays_and_the_rest_is_decided():
-    given = TrainConfig(precision="bf16", compile="off", threads=3)
+    given = TrainConfig(precision="bf16", compile="off", attention="sdpa", threads=3)
     assert machine.resolve(given) == (given, [])
     resolved, _ = machine.resolve(TrainConfig(compile="off"))
     assert resolved.threads == machine.cores() and resolved.precision in ("fp32", "bf16")

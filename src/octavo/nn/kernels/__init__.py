@@ -1,0 +1,1 @@
+"""Kernels in C++, built on the machine they run on."""
