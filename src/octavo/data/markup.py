@@ -74,7 +74,7 @@ def html_text(page: str, extract: str = "all") -> str | None:
             import trafilatura
         except ImportError as error:
             raise ConfigError(
-                "html: article needs trafilatura", fix="pip install 'octavo[data]', or use html: all"
+                f"html: article needs trafilatura ({error})", fix="pip install 'octavo[data]', or use html: all"
             ) from error
         return trafilatura.extract(page, include_comments=False) or ""
     parser = _Text()

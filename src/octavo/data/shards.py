@@ -147,14 +147,15 @@ def encode_part(
         return part
     loaded = _tokenizer(tokenizer)
     dtype = np.dtype(_dtype(loaded.vocab_size))
-    streams: list[Array] = []
+    head = [np.array([i], np.int32) for i in (loaded.special.bos,) if i is not None]
+    tail = [np.array([i], np.int32) for i in (loaded.special.eos,) if i is not None]
+    pieces: list[Array] = [np.zeros(0, np.int32)]
     sizes: list[tuple[int, int]] = []
     for texts in _text_batches(prepare.part_documents(documents, held, split)):
         for text, ids in zip(texts, loaded.encode_batch(texts), strict=True):
-            stream = _stream(np.asarray(ids), loaded, dtype)
-            streams.append(stream)
-            sizes.append((len(stream), len(text.encode())))
-    tokens = np.concatenate(streams) if streams else np.zeros(0, dtype)
+            pieces += (*head, ids, *tail)
+            sizes.append((len(head) + len(ids) + len(tail), len(text.encode())))
+    tokens = _checked(np.concatenate(pieces), loaded.vocab_size).astype(dtype)
     table = np.array(sizes, dtype=np.int64)
     files = []
     for kind, array in (("tokens", tokens), ("documents", table)):
@@ -189,17 +190,13 @@ def _text_batches(documents: Iterator[Any]) -> Iterator[list[str]]:
         yield batch
 
 
-def _stream(ids: Array, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> Array:
-    special = tokenizer.special
-    head = [] if special.bos is None else [special.bos]
-    tail = [] if special.eos is None else [special.eos]
-    stream = np.concatenate([head, ids, tail]).astype(np.int64)
-    if len(stream) and stream.max() >= tokenizer.vocab_size:
+def _checked(tokens: Array, vocab_size: int) -> Array:
+    if tokens.max(initial=0) >= vocab_size:
         raise DataError(
-            f"the tokenizer gave id {stream.max()}, its vocabulary ends at {tokenizer.vocab_size - 1}",
+            f"the tokenizer gave id {tokens.max()}, its vocabulary ends at {vocab_size - 1}",
             fix="use a tokenizer whose files belong together",
         )
-    return stream.astype(dtype)
+    return tokens
 
 
 class Shards:

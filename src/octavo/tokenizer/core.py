@@ -8,6 +8,7 @@ ids are those of the original, which is what is saved.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -24,16 +25,11 @@ from octavo.errors import CheckpointError, DataError
 from octavo.tokenizer.pieces import ByteTable, StreamDecoder
 
 if TYPE_CHECKING:
+    from octavo.tokenizer import fast
     from octavo.tokenizer.chat import Rendered
 
-PROBE = (
-    "The quick brown fox, it's 1234567 days old!\r\n\n\tdef f(x):  return x ** 2   # done\n"
-    "你好，世界。 \u00e9t\u00e9 e\u0301 \U0001f469\u200d\U0001f680 \u0434\u0430 \u0645\u0631\u062d\u0628\u0627 "
-    "aaaaaaaaaaaaaaaa ---- \u00a0 <|im_end|> </s> [INST] <0x0A> ##x \u2581y"
-)
-
-
 MAX_IDS = 1 << 24  # ten times the largest vocabulary in use: more is a damaged or hostile file
+MAX_HOLES = 1 << 16  # ids without a token that a vocabulary may have beside one for each token
 
 
 @dataclass(frozen=True)
@@ -96,6 +92,8 @@ class Tokenizer:
                 f"the decoder in tokenizer.json is malformed: {error!r}", fix="save it again"
             ) from None
         self._more_stops = tuple(sorted({i for i in stop_ids if 0 <= i < self.vocab_size}))
+        if twice := next((text for text in self._special_text.values() if text not in self._ids), None):
+            raise CheckpointError(f"another token has the id of {twice!r}", fix="repair the ids in tokenizer.json")
         self.special = Special(**{name: self._ids[text] for name, text in self._special_text.items()})
         if self.special.turn_end is None:
             from octavo.tokenizer.chat import find_turn_marks
@@ -138,17 +136,39 @@ class Tokenizer:
         return self._encode(text).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text as int32 arrays: the same as ``encode``, on all cores and several times faster."""
-        fast = self._fast
+        """The ids of each text as int32 arrays: the same as ``encode``, on all cores and many times faster.
+
+        See :attr:`encoder` for what it runs on.
+        """
+        texts = list(texts)
+        if self._faster[0] is not None:
+            with contextlib.suppress(Exception):  # what it refuses, the usual encoder takes or refuses in words
+                return self._faster[0](texts)
+        return self._encode_all(texts)
+
+    def _encode_all(self, texts: list[str]) -> list[np.ndarray]:
         try:
-            if fast is not None:
-                ids, offsets = fast.encode_batch_flat(list(texts))
-                flat, cuts = np.frombuffer(ids, np.uint32).astype(np.int32), np.frombuffer(offsets, np.uint64)
-                return [flat[int(a) : int(b)] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
-            encodings = self._twin.encode_batch_fast(list(texts), add_special_tokens=False)
+            encodings = self._twin.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:
             raise _refusal(error, texts) from None
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    @property
+    def encoder(self) -> str:
+        """What ``encode_batch`` runs on; where that is `tokenizers`, why it is nothing faster."""
+        return self._faster[1]
+
+    @cached_property
+    def _faster(self) -> tuple[fast.Encode | None, str]:
+        from octavo.tokenizer import fast
+
+        try:
+            return fast.find(self._twin_text, self.tokens, self._encode_all, self._normalize)
+        except fast.NotFast as why:
+            return None, f"tokenizers: {why}"
+
+    def _normalize(self, text: str) -> str:
+        return self._twin.normalizer.normalize_str(text)
 
     def _encode(self, text: str) -> Any:
         try:
@@ -177,20 +197,6 @@ class Tokenizer:
 
     def _name_specials(self, text: str) -> str:
         return self._find_special.sub(lambda match: self._names.get(match[0], match[0]), text)
-
-    @cached_property
-    def _fast(self) -> Any:
-        """The `fastokens` encoder, if it is installed and gives the same ids on a probe text; else None."""
-        try:
-            import fastokens
-        except ImportError:
-            return None
-        try:
-            fast = fastokens.Tokenizer.from_json_str(self._twin_text)
-            ids = np.frombuffer(fast.encode_batch_flat([PROBE])[0], np.uint32).tolist()
-        except Exception:  # whatever it cannot read, the usual encoder can
-            return None
-        return fast if ids == self.encode(PROBE) else None
 
     # -- ids to text
 
@@ -347,6 +353,11 @@ def _check_vocabulary(spec: Mapping[str, Any]) -> None:
     for token in spec["added_tokens"]:
         if not (isinstance(token["content"], str) and type(token["id"]) is int and 0 <= token["id"] < MAX_IDS):
             raise ValueError(f"the added token {str(token)[:80]} is malformed")
+    n = len(vocab) + len(spec["added_tokens"])
+    numbers = [] if isinstance(vocab, list) else list(vocab.values())
+    last = max([*numbers, *(token["id"] for token in spec["added_tokens"])], default=0)
+    if last > 2 * n + MAX_HOLES:
+        raise ValueError(f"id {last} in a vocabulary of {n} tokens")
     for merge in spec["model"].get("merges") or []:
         a, b = merge.split(" ", 1) if isinstance(merge, str) else merge
         if not (isinstance(a, str) and isinstance(b, str)):
@@ -358,6 +369,8 @@ def _add_roles(spec: dict[str, Any], roles: Mapping[str, str]) -> None:
     added = {token["content"]: token for token in spec["added_tokens"]}
     vocab = _vocab(spec)
     for role, content in roles.items():
+        if not isinstance(content, str):
+            raise CheckpointError(f"{role} token {content!r} is not text", fix="repair the special tokens")
         if content in added:
             added[content]["special"] = True
         elif content in vocab:
@@ -400,7 +413,10 @@ def _twin(spec: Mapping[str, Any], names: Mapping[str, str]) -> str:
         if token["content"] in names:
             token = {**token, "content": names[token["content"]], "normalized": False}
         added.append(token)
-    return json.dumps({**spec, "model": model, "added_tokens": added, "post_processor": None})
+    try:
+        return json.dumps({**spec, "model": model, "added_tokens": added, "post_processor": None})
+    except RecursionError:
+        raise CheckpointError("tokenizer.json is nested too deeply", fix="save it again") from None
 
 
 def _rust(text: str) -> Any:
