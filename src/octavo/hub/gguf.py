@@ -244,7 +244,11 @@ def read_tokenizer(file: GGUFFile) -> Tokenizer:
             f"{file.path} has a tokenizer of the kind {kind!r}, known are gpt2 and llama",
             fix="give the model's own with octavo convert --tokenizer FOLDER",
         )
-    kinds = _numbers(file, meta, "ggml.token_type", len(pieces), default=vocabulary.NORMAL)
+    n_entries = len(pieces)
+    kinds = _numbers(file, meta, "ggml.token_type", n_entries, default=vocabulary.NORMAL)
+    while kinds and kinds[-1] == vocabulary.UNUSED:  # names for rows that only fill up the embedding
+        kinds.pop()
+    pieces = pieces[: len(kinds)]
     cut = meta.get("ggml.pre", "gpt-2" if kind == "gpt2" else "default")
     adds_bos = meta.get("ggml.add_bos_token", kind == "llama" or cut in vocabulary.WHOLE_WORDS_FIRST)
     template = meta.get("chat_template")
@@ -262,7 +266,7 @@ def read_tokenizer(file: GGUFFile) -> Tokenizer:
         if any(len(pair) != 2 for pair in merges):
             raise _wrong(file, "a merge of the tokenizer is not a pair")
         return vocabulary.byte_level(file.path, pieces, merges, kinds, roles, str(cut), **more)
-    scores = _numbers(file, meta, "ggml.scores", len(pieces))
+    scores = _numbers(file, meta, "ggml.scores", n_entries)[: len(pieces)]
     space = meta.get("ggml.add_space_prefix", True) is not False
     return vocabulary.sentencepiece(file.path, pieces, scores, kinds, roles, leading_space=space, **more)
 
