@@ -15,13 +15,15 @@ import jinja2
 MAX_DEPTH = 100
 BASE_STEPS, STEPS_PER_MESSAGE, INPUT_CHARS_PER_STEP = 100_000, 1_000, 16
 BASE_CHARS, CHARS_PER_INPUT_CHAR = 4_000_000, 16
-BASE_SECONDS, SECONDS_PER_MESSAGE = 0.4, 0.002
+BASE_SECONDS, SECONDS_PER_MESSAGE = 0.25, 0.002
 CHARS_LOOKED_AT_PER_STEP = 256
 STEPS_BETWEEN_CLOCKS = 128
 NUMBER_BITS = 512
 
 VIEWS = (KeysView, ValuesView, ItemsView)
 LISTS = (list, tuple, set, frozenset)
+# What may be written out beside text, whole numbers, lists and mappings.
+PLAIN = (bool, float, type(None), range, jinja2.Undefined, jinja2.utils.Namespace)
 
 
 class BudgetError(jinja2.TemplateError):
@@ -51,7 +53,7 @@ class Budget:
         if self._clock - self.steps >= STEPS_BETWEEN_CLOCKS:
             self._clock = self.steps
             if time.thread_time() > self._stop:
-                raise BudgetError(f"the template takes longer than {self.seconds:.1f} s")
+                raise BudgetError(f"the template takes longer than {self.seconds:.2f} s")
 
     def text(self, n: int) -> None:
         """Pay for ``n`` new characters."""
@@ -73,8 +75,14 @@ class Budget:
         else:
             self.step()
 
-    def size(self, value: Any, depth: int = 0) -> int:
-        """Length in characters, roughly, of ``value`` written out; walking through it is paid for."""
+    def size(self, value: Any, depth: int = 0, *, written: bool = False) -> int:
+        """Length in characters, roughly, of ``value`` written out; walking through it is paid for.
+
+        Args:
+            value: what a template holds.
+            depth: how deep in another value it stands.
+            written: it is going to be: then what has no text of its own (a function, a generator) is refused.
+        """
         if isinstance(value, str):
             return len(value)
         if isinstance(value, int) and not isinstance(value, bool):
@@ -85,10 +93,12 @@ class Budget:
             total = 2
             for part in _parts(value):
                 self.step()
-                total += self.size(part, depth + 1) + 4
+                total += self.size(part, depth + 1, written=written) + 4
                 if total > self.max_chars:
                     raise BudgetError(f"the template makes more than {self.max_chars} characters")
             return total
+        if written and not isinstance(value, PLAIN):
+            raise jinja2.TemplateError(f"a {type(value).__name__} cannot be written out")
         return 32
 
     @staticmethod

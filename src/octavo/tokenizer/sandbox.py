@@ -23,10 +23,10 @@ import jinja2.nodes
 import jinja2.sandbox
 
 from octavo.errors import DataError
-from octavo.tokenizer.budget import LISTS, MAX_DEPTH, VIEWS, Budget, BudgetError
+from octavo.tokenizer.budget import LISTS, MAX_DEPTH, Budget, BudgetError
 
 MAX_TEMPLATE_CHARS = 200_000
-MAX_TEMPLATE_TOKENS = 16_000  # what compiling costs; the largest templates in use have a third of it
+MAX_TEMPLATE_TOKENS = 12_000  # what compiling costs; the largest templates in use have less than half
 MAX_PATTERN_CHARS = 128  # of what is stripped or searched for from the right, for which Python takes n x m
 FILTERS = (
     "abs bool capitalize count d default dictsort e escape first float groupby indent int items join last length list"
@@ -37,6 +37,7 @@ WALKING = frozenset(
     "first groupby last list map max min reject rejectattr reverse select selectattr sort sum unique".split()
 )
 COPYING = frozenset("dictsort groupby max min sort unique".split())  # these make a copy of each text to compare by
+WRITING = frozenset("capitalize e escape lower title trim upper".split())  # these make a text of anything
 METHODS = {
     str: "capitalize count endswith find index isalnum isalpha isdigit islower isnumeric isspace isupper join lower"
     " lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split splitlines"
@@ -177,7 +178,7 @@ class _Box(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 raise jinja2.exceptions.SecurityError("a width in % formatting is too large")
             # A field may be up to 999 wide, and with a mapping every field may be the whole of it.
             times = left.count("%") if isinstance(right, Mapping) else 1
-            budget.text(len(left) + left.count("%") * 999 + times * budget.size(right))
+            budget.text(len(left) + left.count("%") * 999 + times * self._written(right))
         if operator == "*":
             for thing, times in ((left, right), (right, left)):
                 if isinstance(thing, (str, list, tuple)) and isinstance(times, int):
@@ -202,6 +203,8 @@ class _Box(jinja2.sandbox.ImmutableSandboxedEnvironment):
             budget.step()
             if name in COPYING:
                 budget.text(budget.size(value))
+            if name in WRITING:
+                self._written(value)
             if name in WALKING:
                 if hasattr(value, "__len__"):
                     budget.step(len(value))
@@ -224,11 +227,8 @@ class _Box(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return value
 
     def _written(self, value: Any) -> int:
-        """The length of ``value`` written out; refuses what has no text of its own."""
-        plain = (str, int, float, *LISTS, Mapping, *VIEWS, range, type(None), jinja2.Undefined, _Namespace)
-        if not isinstance(value, plain):
-            raise jinja2.TemplateError(f"a {type(value).__name__} cannot be written out")
-        return self.budget.size(value)
+        """The length of ``value`` written out."""
+        return self.budget.size(value, written=True)
 
     def _loop(self, values: Any, cost: int) -> Iterator[Any]:
         for value in values:
@@ -322,7 +322,9 @@ class _Box(jinja2.sandbox.ImmutableSandboxedEnvironment):
     # -- reading the source
 
     def _parse(self, source: str, name: Any, filename: Any) -> Any:
-        for count, (line, _, _) in enumerate(self.lexer.tokeniter(source, name, filename)):
+        count = 0
+        for line, kind, _ in self.lexer.tokeniter(source, name, filename):
+            count += kind != "whitespace"
             if count > MAX_TEMPLATE_TOKENS:
                 raise jinja2.TemplateSyntaxError(f"more than {MAX_TEMPLATE_TOKENS} tokens", line)
         tree = super()._parse(source, name, filename)
@@ -367,8 +369,8 @@ def _meter(node: Any, depth: int = 0) -> Any:
     return node
 
 
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(str(message))
+def _raise(message: Any) -> None:
+    raise jinja2.TemplateError(message if isinstance(message, str) else f"the message is a {type(message).__name__}")
 
 
 def _strftime_now(format: str) -> str:
