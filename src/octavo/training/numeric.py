@@ -128,10 +128,14 @@ class Guard:
                 where=str(kept or ""),
                 fix=f"`octavo replay {self.folder.parent}` shows where it began; {mend}"
                 + (", or raise max_skips" if many else ", or set on_nan to skip or rollback"),
-                kept="no weight took this step; the last checkpoint is whole",
+                kept=f"no weight took this step; {self._newest()}",
             )
         self.console.warn(f"{what}: {'left out' if policy == 'skip' else 'rolled back'} ({kept})")
         return policy
+
+    def _newest(self) -> str:
+        steps = [path.name for path in (self.folder / "checkpoints").glob("step-*") if "." not in path.name]
+        return f"{max(steps)} is the last that was saved" if steps else "none was saved yet"
 
     def _keep(
         self, trouble: Trouble, step: int, seed: int, batch: Batch, loss: float, norm: float, weights: list[str]
