@@ -28,7 +28,7 @@ from octavo.files import make_folder, write_atomic, write_json
 
 STAGES = ("data", "tokenizer", "pretrain", "tune", "eval", "report")
 
-# Training settings that only decide how the work is watched and kept.
+# Training settings that only decide how the work is watched, kept and guarded.
 FREE_TRAIN_KEYS = (
     "log_every",
     "valid_every",
@@ -40,6 +40,10 @@ FREE_TRAIN_KEYS = (
     "save_every",
     "keep_checkpoints",
     "tensorboard",
+    "on_nan",
+    "on_spike",
+    "spike_sigmas",
+    "max_skips",
 )
 
 # Keys whose difference is only noted: they change neither the model's shape nor the order of its data. A new rate
@@ -218,18 +222,25 @@ class RunFolder:
         Args:
             threads: torch's compute threads, if they will differ from the current setting.
         """
+        changed = self.environment_changes(threads)
         current = environment(threads)
-        try:
-            before = json.loads(self.environment_path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            before = {}
-        keys = ("torch", "threads", "cpu", "cpu_capability")
-        changed = [
-            f"{key} {before[key]} -> {current[key]}" for key in keys if before.get(key, current[key]) != current[key]
-        ]
-        if before != current:
+        if self._environment() != current:
             write_json(self.environment_path, current)
         return [f"warning[ENVIRONMENT]: bit-identical resume not promised ({', '.join(changed)})."] if changed else []
+
+    def environment_changes(self, threads: int | None = None) -> list[str]:
+        """What decides the last bits of a result and is not as at the last start, as ``threads 2 -> 1``."""
+        before, current = self._environment(), environment(threads)
+        keys = ("torch", "threads", "cpu", "cpu_capability")
+        return [
+            f"{key} {before[key]} -> {current[key]}" for key in keys if before.get(key, current[key]) != current[key]
+        ]
+
+    def _environment(self) -> dict[str, Any]:
+        try:
+            return json.loads(self.environment_path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return {}
 
     # ---------------------------------------------------------------------------------------- stages
 

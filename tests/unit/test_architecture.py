@@ -34,7 +34,7 @@ MAY_SEE: dict[str, set[str]] = {
     "serve": {"tokenizer", "infer"},
 }
 # These put the rooms together; only the command line stands above them.
-ASSEMBLY = {"config", "feed", "language_model", "launch", "pipeline"}
+ASSEMBLY = {"config", "feed", "language_model", "launch", "pipeline", "repeat"}
 
 TORCH_FREE = (
     "octavo", "octavo.run", "octavo.schema", "octavo.cli.main",

@@ -48,6 +48,7 @@ VERBS: dict[str, Verb] = {
     "train": Verb("octavo.cli.train", MAKE, "Pretrain a model on text."),
     "tune": Verb("octavo.cli.tune", MAKE, "Tune a model on conversations or instruction pairs."),
     "resume": Verb("octavo.cli.resume", MAKE, "Go on with a stopped run exactly where it was."),
+    "replay": Verb("octavo.cli.replay", KNOW, "Compute a step that gave no number again, and say where it began."),
     "generate": Verb("octavo.cli.generate", USE, "Continue a text with a model."),
     "chat": Verb("octavo.cli.chat", USE, "Talk to a model."),
     "serve": Verb("octavo.cli.serve", USE, "Serve a model over HTTP (OpenAI-compatible) with a web chat."),
