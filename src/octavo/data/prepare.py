@@ -35,7 +35,7 @@ from octavo.errors import DataError
 from octavo.files import sha256_file, write_atomic, write_json
 from octavo.schema import Config
 
-FORMAT = 1
+FORMAT = 2  # 2: other signatures of near duplicates
 SEGMENT_BYTES = 8 << 20
 SEGMENT_ITEMS = 50_000
 BATCH_BYTES = 1 << 20

@@ -38,6 +38,7 @@ class _Worker:
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
             "OMP_NUM_THREADS": "1",
             "RAYON_NUM_THREADS": "1",
+            "FASTOKENS_BPE_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
         command = [sys.executable, "-m", "octavo.data.workers", str(theirs.fileno())]
