@@ -47,7 +47,7 @@ def read(path: Path, tree: Mapping[str, Any], tensors: Mapping[str, Tensor], tok
             raise CheckpointError(f"{path}: {name} = {sizes.get(name)!r} is no size", fix="fetch it again")
     if sizes["n_layer"] > MAX_LAYERS:
         raise CheckpointError(f"{path}: n_layer = {sizes['n_layer']} is not a number of layers", fix="fetch it again")
-    weights = {name.removeprefix("model/").removeprefix(COMPILED): t for name, t in tensors.items()}
+    weights = {name[6:].removeprefix(COMPILED): t for name, t in tensors.items() if name.startswith("model/")}
     weights = {name: t for name, t in weights.items() if not re.fullmatch(r"transformer\.h\.\d+\.attn\.bias", name)}
     bias = "transformer.ln_f.bias" in weights
     embedding, head = weights.get("transformer.wte.weight"), weights.pop("lm_head.weight", None)

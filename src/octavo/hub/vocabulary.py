@@ -156,7 +156,7 @@ def characters(source: Path, letters: Sequence[str]) -> Tokenizer:
     spec = {
         # An unknown token that is no entry: a character without one is refused instead of left out.
         "model": {"type": "WordLevel", "vocab": _ids(source, letters), "unk_token": ""},
-        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(?s:.)"}, "behavior": "Isolated", "invert": False},
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False},
         "decoder": {"type": "Fuse"},
     }
     return _tokenizer(source, spec, letters, {}, {})
