@@ -6,8 +6,8 @@
 * ``journalled(k, j, tail)``: the power went after k operations. Names (files made, renamed, removed) come back in their
   order up to the jth, which is at or after the last fsync of anything; of data that no fsync covers, ``tail`` is left.
   So do ext4 and XFS.
-* ``loose(k, chance)``: only what an fsync of that very file or folder covers is sure; other changes of names come back
-  or not, each by chance, in order only where they touch the same name. Weaker than any file system in common use.
+* ``loose(k, keeps)``: only what an fsync of that very file or folder covers is sure; any of the other changes of names
+  come back, in order only where they touch the same name. Weaker than any file system in common use.
 """
 
 from __future__ import annotations
@@ -200,13 +200,12 @@ class Disk:
 
         return self._tree(self.events[:j], content)
 
-    def loose(self, k: int, chance: random.Random) -> Tree:
-        synced_at = {event.thing: i for i, event in enumerate(self.events[:k]) if event.is_fsync}
+    def loose(self, k: int, keeps: Callable[[int], bool], chance: random.Random) -> Tree:
+        """``keeps`` says which changes of names come back where nothing makes them sure."""
         kept, blocked = [], set()
         for i, event in enumerate(self.events[:k]):
             touched = {(folder, name) for folder, name, _ in event.names}
-            sure = all(synced_at.get(folder, -1) > i for folder, _ in touched)
-            if sure or (not touched & blocked and chance.random() < 0.5):
+            if self._is_sure(i, k) or (not touched & blocked and keeps(i)):
                 kept.append(event)
             else:
                 blocked |= touched
@@ -217,6 +216,18 @@ class Disk:
             return sure + chance.choice([since[:length], bytes(length), chance.randbytes(length)])
 
         return self._tree(kept, content)
+
+    def _is_sure(self, i: int, k: int) -> bool:
+        synced = {event.thing for event in self.events[i + 1 : k] if event.is_fsync}
+        return all(folder in synced for folder, _, _ in self.events[i].names)
+
+    def each_reordered(self, chance: random.Random) -> Iterator[tuple[int, Tree]]:
+        """States of the third kind in which one change of names alone is lost, or alone comes back."""
+        for k in range(self.n + 1):
+            for i in range(k):
+                if not self._is_sure(i, k):
+                    yield k, self.loose(k, lambda j, i=i: j != i, chance)
+                    yield k, self.loose(k, lambda j, i=i: j == i, chance)
 
     def each_journalled(self) -> Iterator[tuple[int, Tree]]:
         """Every state of the second kind with its k."""
