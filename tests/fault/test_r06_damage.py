@@ -17,6 +17,7 @@ from octavo.errors import CheckpointError
 from octavo.training import checkpoint
 
 SEED = 6
+ENOUGH = 20  # failures: what a saver without a guard lets through would take minutes to list
 BLOCK_BYTES = 4096
 
 
@@ -84,21 +85,24 @@ def flips(step: Path, masks: range | None) -> tuple[int, list[str]]:
                 if not_found(step, name, differs(name)):
                     failures.append(f"{name}, byte {position}, mask {mask}: {checkpoint.verify(step)}")
             file.restore(position, 1)
+            if len(failures) >= ENOUGH:
+                return n, failures
     return n, failures
 
 
+@pytest.mark.timeout(300)
 def test_each_flipped_byte_is_found_and_its_file_named(step, record):
     n, failures = flips(step, None)
-    assert n > 45_000
     record("R6", n, failures, what="bytes flipped, looked at")
+    assert n > 45_000
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_each_flipped_bit_is_found_and_its_file_named(step, record):
     n, failures = flips(step, range(8))
-    assert n > 360_000
     record("R6", n, failures, what="bits flipped, looked at")
+    assert n > 360_000
 
 
 def load_refuses(step: Path, name: str) -> str:
@@ -144,6 +148,8 @@ def cut_files(step: Path, every: int) -> tuple[int, list[str]]:
                 failures.append(f"{name} cut to {length}: {checkpoint.verify(step)}")
             if length % 997 == 0 and (text := load_refuses(step, name)):
                 failures.append(f"{name} cut to {length}, loaded: {text}")
+            if len(failures) >= ENOUGH:
+                return n, failures
     return n, failures
 
 

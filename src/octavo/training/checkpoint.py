@@ -271,18 +271,16 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[st
     """
     refuse_foreign(path)
     path = Path(path)
-    fix = "load another step, or restore this one from a copy"
     try:
-        files = (listed := manifest.read(path))["files"]
+        listed = manifest.read(path)
     except CheckpointError as error:
-        raise CheckpointError(f"{path}/{error.what}", fix=fix) from None
-    if problems := [
-        f"{found.name}: {found.problem}" for found in manifest.compare_sizes(path, listed) if found.problem
-    ]:
-        raise CheckpointError(f"{path}/{'; '.join(problems)}", fix=fix)
+        raise _unsound(path, error.what) from None
+    sizes = manifest.compare_sizes(path, listed)
+    if problems := [f"{found.name}: {found.problem}" for found in sizes if found.problem]:
+        raise _unsound(path, "; ".join(problems))
     tensors: dict[str, torch.Tensor] = {}
     state: dict[str, Any] = {}
-    for name, entry in files.items():
+    for name, entry in listed["files"].items():
         try:
             if name == STATE:
                 data = (path / name).read_bytes()
@@ -291,23 +289,28 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[st
                 part, size, sha256 = tensor_file.read(path / name)
                 tensors.update(part)
         except OSError as error:
-            raise CheckpointError(f"{path}/{name}: cannot be read ({error.strerror})", fix=fix) from None
+            raise _unsound(path, f"{name}: cannot be read ({error.strerror})") from None
         if (size, sha256) != (entry["size"], entry["sha256"]):
-            raise CheckpointError(f"{path}/{name}: sha256 differs", fix=fix)
+            raise _unsound(path, f"{name}: sha256 differs")
         if name == STATE:
-            state = _parse_state(data, path / name, fix)
+            state = _parse_state(data, path)
     return tensors, state
 
 
-def _parse_state(data: bytes, path: Path, fix: str) -> dict[str, Any]:
+def _parse_state(data: bytes, path: Path) -> dict[str, Any]:
     """The state in a file whose hash is right: what was made wrong with a right hash must not get further either."""
     try:
         state = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error})", fix=fix) from None
+        raise _unsound(path, f"{STATE}: not JSON ({error})") from None
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: no JSON object", fix=fix)
+        raise _unsound(path, f"{STATE}: no JSON object")
     return state
+
+
+def _unsound(path: Path, problem: str) -> CheckpointError:
+    fix = "load another step, or restore this one from a copy"
+    return CheckpointError(f"{path}/{problem}", fix=fix, kept="nothing was changed")
 
 
 # --------------------------------------------------------------------------------------------- choose

@@ -173,6 +173,7 @@ def _fill(file: Any, buffer: Any, path: Path) -> Any:
 
 def _damaged(path: Path, why: str) -> CheckpointError:
     return CheckpointError(
-        f"{path.parent.name}/{path.name} is not a sound safetensors file: {why}",
+        f"{path} is not a sound safetensors file: {why}",
         fix="load another step, or restore this file from a copy",
+        kept="nothing was changed",
     )
