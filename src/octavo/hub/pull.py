@@ -144,7 +144,8 @@ class _Hub:
 
     def fetch(self, file: RemoteFile, aside: Path, come: Callable[[int], None]) -> Path:
         """Fetch ``file`` into ``aside``, from where an earlier attempt ended; the path when it is whole."""
-        from huggingface_hub.errors import HfHubHTTPError, HTTPError
+        from httpx2 import HTTPError
+        from huggingface_hub.errors import HfHubHTTPError
 
         path, tries = aside / file.part, 0
         while True:
@@ -202,7 +203,8 @@ class _Hub:
     @contextlib.contextmanager
     def _explained(self, *passed: type[BaseException]) -> Iterator[None]:
         """Errors of the hub's library in our form, except those of the types ``passed``."""
-        from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+        from httpx2 import HTTPError
+        from huggingface_hub.errors import OfflineModeIsEnabled
 
         try:
             yield
