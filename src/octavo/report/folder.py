@@ -74,6 +74,12 @@ class Run:
         return max((value for value in known if value is not None), default=None)
 
     @property
+    def peak_memory(self) -> int | None:
+        """The most bytes that the process held which finished the last stage; None if it was not noted."""
+        peaks = [number(entry.get("peak_memory_bytes")) for entry in self.stages.values()]
+        return max((int(peak) for peak in peaks if peak), default=None)
+
+    @property
     def model_path(self) -> Path | None:
         """The final model's folder, else the pretrained one's."""
         return next((self.path / n for n in ("model", "base") if (self.path / n / "config.json").is_file()), None)

@@ -14,7 +14,7 @@ from octavo.report import words
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 GENERATOR = "Octavo"
 GENERATOR_MARK = f'<meta name="generator" content="{GENERATOR}">'
-VOID = frozenset(("meta", "br"))
+VOID = frozenset(("meta", "br", "input", "wbr"))
 
 Child = object
 

@@ -66,6 +66,18 @@ class Metrics:
         beyond = np.maximum(steps - known[-1], 0.0) * (tokens[-1] / max(known[-1], 1.0))
         return np.interp(steps, known, tokens) + beyond
 
+    def seconds_at(self, steps: np.ndarray) -> np.ndarray:
+        """Training seconds spent up to each of ``steps``, as `tokens_at`; NaN if none were logged.
+
+        Validation, samples and saving are not among them.
+        """
+        known, seconds = points(self.train, "step", "seconds")
+        if len(known) == 0:
+            return np.full(len(steps), np.nan)
+        known, seconds = np.append(0.0, known), np.append(0.0, np.cumsum(seconds))
+        beyond = np.maximum(steps - known[-1], 0.0) * (seconds[-1] / max(known[-1], 1.0))
+        return np.interp(steps, known, seconds) + beyond
+
     @property
     def has_tokens(self) -> bool:
         """Whether the number of tokens seen was logged."""

@@ -17,27 +17,42 @@ STYLE = Path(__file__).with_name("style.css")
 NO_BREAK = "\u2011"  # a hyphen that keeps "6-gram" on one line
 
 
-def build(run_folder: str | os.PathLike[str]) -> Path:
+def build(run_folder: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
     """Write ``report.html`` and ``plots/*.png`` into a run folder, finished or not; returns the page's path.
 
     Parts that the run has no data for are left out. Text from the model or the data is escaped, and the page
     forbids scripts and any connection.
 
+    Args:
+        out: write the page there instead, and no plots.
+
     Raises:
-        ConfigError: there is no run in this folder.
+        ConfigError: there is no run in this folder, or ``out`` is a file that Octavo did not write.
     """
     folder = Path(run_folder)
-    if not any((folder / name).exists() for name in ("recipe.yaml", "stages.json", *TRAINING)):
-        raise ConfigError(f"{folder} is not a run folder", fix="give the folder of a run, such as runs/quickstart")
+    if not is_run(folder):
+        raise refuse(folder)
+    if out is not None:
+        html.check_ours(out)
     run = Run(folder)
     drawn = {
         s: plots.draw(m, stage=s, baselines=run.baselines()) for s, m in run.training.items() if m.train or m.valid
     }
-    if drawn:
+    if drawn and out is None:
         plots.write([plot for several in drawn.values() for plot in several], folder / "plots")
-    page = folder / "report.html"
+    page = folder / "report.html" if out is None else Path(out)
     write_atomic(page, render(run, drawn))
     return page
+
+
+def is_run(folder: Path) -> bool:
+    """Whether this folder holds a run, however far it came."""
+    return any((folder / name).exists() for name in ("recipe.yaml", "stages.json", *TRAINING))
+
+
+def refuse(folder: Path) -> ConfigError:
+    """The refusal of a folder that holds no run."""
+    return ConfigError(f"{folder} is not a run folder", fix="give the folder of a run, such as runs/quickstart")
 
 
 def render(run: Run, drawn: dict[str, list[plots.Plot]]) -> str:
@@ -58,7 +73,7 @@ def render(run: Run, drawn: dict[str, list[plots.Plot]]) -> str:
     links = [tag("a", Html(title), href=f"#{html.slug(title)}") for title in titles]
     return html.document(
         f"{run.name} · Octavo",
-        _colours() + STYLE.read_text(encoding="utf-8"),
+        colours() + STYLE.read_text(encoding="utf-8"),
         tag("header", tag("p", "Octavo run report", class_="kicker"), tag("h1", run.name), _sentence(run)),
         tag("main", _unfinished(run), _headline(run), tag("nav", *links) if links else None, *parts),
         tag("footer", "Written by Octavo. Every figure comes from the files of this run."),
@@ -158,6 +173,6 @@ def _go_on(run: Run) -> Html:
     return html.section("Go on", tag("dl", *rows, class_="commands"))
 
 
-def _colours() -> str:
+def colours() -> str:
     """The drawings' colours on light ground; the style sheet has those for dark."""
     return ":root{" + "".join(f"--plot-{name}:{value};" for name, value in plots.COLOURS.items()) + "}\n"

@@ -31,6 +31,7 @@ COLOURS = {
     "orange": "#d55e00",
     "green": "#009e73",
     "purple": "#aa4f85",
+    "gold": "#8a6900",
     "faint": "#a9cfe6",
 }
 PAPER = "#fffefb"
@@ -95,11 +96,11 @@ def draw(metrics: Metrics, *, stage: str, baselines: Mapping[str, float] | None 
     )
     plots = []
     for name, title, paint in curves:
-        with _figure(title, metrics) as (figure, axes):
+        with figure(title, "tokens seen" if metrics.has_tokens else "step") as (drawn, axes):
             if paint(axes, metrics):
                 axes.margins(x=0.01)
                 full = f"{stage}-{name}"
-                plots.append(Plot(full, title, _svg(figure, full, title), _png(figure)))
+                plots.append(Plot(full, title, svg_of(drawn, full, title), _png(drawn)))
     return plots
 
 
@@ -192,29 +193,30 @@ def _throughput(axes: Any, metrics: Metrics) -> bool:
     x, y = thin(metrics.tokens_at(steps), rates)
     axes.plot(x, y, color=COLOURS["purple"], linewidth=1.1)
     axes.set_ylabel("tokens per second")
-    axes.yaxis.set_major_formatter(_count)
+    axes.yaxis.set_major_formatter(short_count)
     axes.set_ylim(bottom=0)
     return len(x) > 1
 
 
 @contextmanager
-def _figure(title: str, metrics: Metrics) -> Iterator[tuple[Any, Any]]:
+def figure(title: str, x_label: str) -> Iterator[tuple[Any, Any]]:
+    """A figure with one pair of axes in our style."""
     # The object interface with an Agg canvas: no display, no global state of pyplot.
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.4, 2.75), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots()
+        made = Figure(figsize=(4.4, 2.75), layout="constrained")
+        FigureCanvasAgg(made)
+        axes = made.subplots()
         axes.set_title(title)
-        axes.set_xlabel("tokens seen" if metrics.has_tokens else "step")
-        axes.xaxis.set_major_formatter(_count)
-        yield figure, axes
+        axes.set_xlabel(x_label)
+        axes.xaxis.set_major_formatter(short_count)
+        yield made, axes
 
 
-def _count(value: float, _: object = None) -> str:
+def short_count(value: float, _: object = None) -> str:
     """A tick's number without the noughts that `words.count` fills up with: ``1.5M``, ``10k``."""
     text = words.count(value)
     number = text.rstrip("kMGT")
@@ -227,7 +229,8 @@ def _png(figure: Any) -> bytes:
     return out.getvalue()
 
 
-def _svg(figure: Any, name: str, title: str) -> str:
+def svg_of(figure: Any, name: str, title: str) -> str:
+    """A figure as SVG for our pages: no scripts, colours as CSS variables, ids that begin with ``name``."""
     out = io.StringIO()
     figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = out.getvalue()

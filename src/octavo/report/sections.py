@@ -305,36 +305,39 @@ def model(run: Run) -> Html:
         if mfu:
             rows.append((f"MFU, {TITLES[stage].lower()}, median", words.percent(median(mfu), 1)))
     # A recipe gives null to what the model works out by itself; what is off would only hide what is on.
-    settings = [(key, value) for key, value in _flat(run.recipe.get("model")) if value or value == []]
-    rows += [(tag("code", key), _value(value)) for key, value in settings]
+    settings = [(key, value) for key, value in flat(run.recipe.get("model")) if value or value == []]
+    rows += [(tag("code", key), shown_value(value)) for key, value in settings]
     more = tag("p", "Settings that are off are not listed.", class_="remark") if settings else None
     return section("Model", pairs(rows), more) if rows else Html("")
 
 
 def machine(run: Run) -> Html:
     """Versions and machine, and the whole recipe."""
-    rows = [(key, _value(value)) for key, value in run.environment.items() if value not in (None, [], "")]
+    rows = [(key, shown_value(value)) for key, value in run.environment.items() if value not in (None, [], "")]
+    if run.peak_memory is not None:
+        rows.append(("peak memory", words.size(run.peak_memory)))
     parts = [pairs(rows)] if rows else []
-    recipe = list(_flat({key: value for key, value in run.recipe.items() if key != "model"}))
+    recipe = list(flat({key: value for key, value in run.recipe.items() if key != "model"}))
     if recipe:
-        listing = pairs([(tag("code", key), _value(value)) for key, value in recipe])
+        listing = pairs([(tag("code", key), shown_value(value)) for key, value in recipe])
         parts.append(tag("details", tag("summary", "All settings of this run"), listing))
     return section("Environment", *parts)
 
 
-def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted key and value of every leaf."""
     if isinstance(value, dict) and value:
         for name, inner in value.items():
-            yield from _flat(inner, f"{key}.{name}" if key else str(name))
+            yield from flat(inner, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
         for i, inner in enumerate(value):
-            yield from _flat(inner, f"{key}.{i}")
+            yield from flat(inner, f"{key}.{i}")
     elif key:
         yield key, value
 
 
-def _value(value: object) -> str:
+def shown_value(value: object) -> str:
+    """A setting as people read it."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
     if isinstance(value, list | tuple):

@@ -82,7 +82,7 @@ def test_labels_of_near_levels_stay_apart_and_in_order():
 def test_ticks_are_short():
     values = (0, 500_000, 1e6, 1.5e6, 2.25e6, 100, 10, 1e4, 1.2e4, 1e5, 2e10, 0.5)
     texts = ["0", "500k", "1M", "1.5M", "2.25M", "100", "10", "10k", "12k", "100k", "20G", "0.5"]
-    assert [plots._count(value) for value in values] == texts
+    assert [plots.short_count(value) for value in values] == texts
 
 
 def test_matplotlib_is_not_imported_before_something_is_drawn():
