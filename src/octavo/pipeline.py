@@ -35,7 +35,9 @@ from octavo.stop import StopSignal
 from octavo.tokenizer import Tokenizer
 from octavo.tokenizer import train as train_tokenizer
 from octavo.training.loop import Held, Trainer
+from octavo.training.memory import require
 from octavo.training.progress import Console
+from octavo.training.room import told_when_it_runs_out
 from octavo.training.settings import TrainConfig
 from octavo.training.tracking import tensorboard
 
@@ -90,7 +92,10 @@ class Pipeline:
         try:
             self.stop.check(f"before stage {name}")
             # Scores and the page are written in one step at the end: nothing is lost by breaking them off.
-            with self.stop.at_once() if name in ("eval", "report") else nullcontext():
+            with (
+                told_when_it_runs_out(f"in stage {name}", "close other programs, or use fewer workers"),
+                self.stop.at_once() if name in ("eval", "report") else nullcontext(),
+            ):
                 return stage()
         except StopRequested as error:
             if error.fix:
@@ -244,10 +249,8 @@ class Pipeline:
         if config is None:
             raise ConfigError(f"the recipe has no stage {stage}", fix="add its section, or name another stage")
         tokenizer = self._tokenizer()
-        model = self._start(tokenizer)
-        if stage == "tune" and recipe.train:  # base/ has the weights; what only matters in training is the recipe's
-            model.load_state_dict(load(self.folder.base_path).model.state_dict())
-        seq_len = feed.seq_len_of(config, model.max_seq_len)
+        shape, start = self._start(tokenizer)
+        seq_len = feed.seq_len_of(config, shape.max_seq_len)
         scale = None
         if stage == "pretrain":
             rows = feed.pretraining(recipe, self.folder.path, seq_len)
@@ -257,6 +260,12 @@ class Pipeline:
         else:
             keep = self.folder.path / "tune" / "data" if folder is None else None
             rows = feed.tuning(recipe, tokenizer, seq_len, keep=keep)
+        section = "train" if stage == "pretrain" else "tune"
+        if tight := require(shape, config, config.precision, rows.source.rows, section):
+            self.console.warn(tight)
+        model = start()
+        if stage == "tune" and recipe.train:  # base/ has the weights; what only matters in training is the recipe's
+            model.load_state_dict(load(self.folder.base_path).model.state_dict())
         own = folder or self.folder.path / stage
         make_folder(own)
         lm = LanguageModel(model, tokenizer)
@@ -342,11 +351,12 @@ class Pipeline:
             return ""
         return fingerprint([(file.name, sha256_file(file)) for file in sorted(folder.glob("*.safetensors"))])
 
-    def _start(self, tokenizer: Tokenizer) -> Decoder:
-        """The model before training: fresh, or the pretrained one a recipe names."""
+    def _start(self, tokenizer: Tokenizer) -> tuple[Decoder.Config, Callable[[], Decoder]]:
+        """The model before training, and how it is made: fresh, or the pretrained one a recipe names."""
         config = self.recipe.model
         if isinstance(config, Pretrained.Config):
-            return load(config.path).model
+            model = load(config.path).model
+            return model.config, lambda: model
         if config.vocab_size is None:
             config = config.model_copy(update={"vocab_size": tokenizer.vocab_size})
         if config.vocab_size < tokenizer.vocab_size:
@@ -354,7 +364,7 @@ class Pipeline:
                 f"the tokenizer has {tokenizer.vocab_size} ids, model.vocab_size is {config.vocab_size}",
                 fix="leave model.vocab_size out",
             )
-        return build(config, seed=self.recipe.seed)
+        return config, lambda: build(config, seed=self.recipe.seed)
 
     def _tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.folder.path / "tokenizer")

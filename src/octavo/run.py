@@ -28,7 +28,7 @@ from octavo.files import make_folder, write_atomic, write_json
 
 STAGES = ("data", "tokenizer", "pretrain", "tune", "eval", "report")
 
-# Training settings that only decide how the work is watched, kept and guarded.
+# Training settings that only decide how the work is watched, kept, guarded and cut to fit the memory.
 FREE_TRAIN_KEYS = (
     "log_every",
     "valid_every",
@@ -44,6 +44,8 @@ FREE_TRAIN_KEYS = (
     "on_spike",
     "spike_sigmas",
     "max_skips",
+    "micro_batch_rows",
+    "activation_checkpointing",
 )
 
 # Keys whose difference is only noted: they change neither the model's shape nor the order of its data. A new rate

@@ -32,10 +32,12 @@ from octavo.training.optim import Optimizer
 from octavo.training.optimizers import OPTIMIZERS
 from octavo.training.progress import Bar, Console
 from octavo.training.random_state import capture_random, restore_random, step_seed
+from octavo.training.room import told_when_it_runs_out
 from octavo.training.schedule import SCHEDULES, Schedule
 from octavo.training.settings import TrainConfig
 
 MAX_FAILED_SAVES = 3
+FIX_MEMORY = "set micro_batch_rows lower or activation_checkpointing to true; the same command goes on from there"
 
 
 class Source(Protocol):
@@ -159,7 +161,7 @@ class Trainer:
             StopRequested: a signal or the time limit; everything is saved.
             NumericError: a loss, gradient or weight that is not finite.
             CheckpointError: the folder holds another run's or only damaged checkpoints.
-            ResourceError: three saves in a row failed.
+            ResourceError: three saves in a row failed, or the memory ran out.
         """
         held = self.held
         position = self._resume()
@@ -169,7 +171,8 @@ class Trainer:
         self.model.train()
         with metrics, held.console.bar(self.config.steps, "step", done=self.step) as bar:
             try:
-                self._train(metrics, bar, min(until or self.config.steps, self.config.steps))
+                with told_when_it_runs_out("in training", FIX_MEMORY, self.guard.newest):
+                    self._train(metrics, bar, min(until or self.config.steps, self.config.steps))
             except StopRequested:
                 self.optimizer.clear()  # of a step that was given up
                 self._save(metrics, last=True)

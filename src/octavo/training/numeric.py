@@ -128,12 +128,13 @@ class Guard:
                 where=str(kept or ""),
                 fix=f"`octavo replay {self.folder.parent}` shows where it began; {mend}"
                 + (", or raise max_skips" if many else ", or set on_nan to skip or rollback"),
-                kept=f"no weight took this step; {self._newest()}",
+                kept=f"no weight took this step; {self.newest()}",
             )
         self.console.warn(f"{what}: {'left out' if policy == 'skip' else 'rolled back'} ({kept})")
         return policy
 
-    def _newest(self) -> str:
+    def newest(self) -> str:
+        """Words for what is safe."""
         steps = [path.name for path in (self.folder / "checkpoints").glob("step-*") if "." not in path.name]
         return f"{max(steps)} is the last that was saved" if steps else "none was saved yet"
 
