@@ -27,12 +27,13 @@ if TYPE_CHECKING:
 app = typer.Typer(
     rich_markup_mode="rich",
     no_args_is_help=True,
-    help="Read, clean and pack text into shards.\n\nExample: octavo data prepare python-stdlib --out data",
+    help="Read, clean, check and pack text; show what a step sees.\n\n"
+    "Example: octavo data prepare python-stdlib --out data   ·   octavo data check runs/quickstart",
 )
 
 
 RunOrRecipe = Annotated[
-    list[str], typer.Argument(metavar="RUN|RECIPE...", help="A run; or a recipe, then `section.key=value` overrides.")
+    list[str], typer.Argument(metavar="RUN|RECIPE", help="A run; or a recipe, then `section.key=value` overrides.")
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes. Default: one for each processor.")]
 
@@ -193,7 +194,7 @@ def check(
     words: Annotated[
         list[str],
         typer.Argument(
-            metavar="RUN|RECIPE|FILES...",
+            metavar="RUN|RECIPE|FILES",
             help="A run; a recipe, then overrides; or files, folders and patterns of texts and conversations.",
         ),
     ],

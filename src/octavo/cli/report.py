@@ -15,7 +15,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command(epilog="Example:  octavo report runs/quickstart     octavo report runs/a runs/b --out a-and-b.html")
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="The folders of runs, finished or not.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="The folders of runs, finished or not.")],
     out: Annotated[
         Path | None,
         typer.Option(help="The page. Default: report.html, or comparison-with-OTHERS.html, in the first run's folder."),
