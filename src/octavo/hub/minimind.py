@@ -56,7 +56,6 @@ class FirstMiniMind(Llama):
     """The first generation: other names, and a rotation of neighbouring channels. Read, never written."""
 
     model_type, architecture = "minimind", "MiniMindLM"
-    automatic = False
     only: ClassVar[Mapping[str, Any]] = ONLY
     optional_prefix = ""
     embedding, head = "tok_embeddings", "output.weight"
