@@ -9,6 +9,7 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 ROUNDS = 6
+BLOCK = 1 << 15  # values at a time: what lies between two steps stays in the cache
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX1, _MIX2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _S30, _S27, _S31 = np.uint64(30), np.uint64(27), np.uint64(31)
@@ -49,7 +50,13 @@ def permute(index: Array, n: int, *key: int) -> Array:
     mask = (np.uint64(1) << half) - np.uint64(1)
     keys = _round_keys(key)
     out = flat.copy()
-    outside = np.arange(flat.size)
+    for start in range(0, flat.size, BLOCK):
+        _walk(out[start : start + BLOCK], n, half, mask, keys)
+    return out.astype(np.int64).reshape(np.shape(index))
+
+
+def _walk(out: Array, n: int, half: np.uint64, mask: np.uint64, keys: Array) -> None:
+    outside = np.arange(out.size)
     while outside.size:
         left, right = out[outside] >> half, out[outside] & mask
         for round_key in keys:
@@ -57,4 +64,3 @@ def permute(index: Array, n: int, *key: int) -> Array:
         walked = (left << half) | right
         out[outside] = walked
         outside = outside[walked >= n]
-    return out.astype(np.int64).reshape(np.shape(index))
