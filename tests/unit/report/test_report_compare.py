@@ -233,7 +233,8 @@ def test_twelve_runs_have_twelve_lines():
 # ---- the page ----
 
 
-def test_the_page_stands_alone_and_is_written_beside_the_first_run(pair):
+def test_the_page_stands_alone_and_is_written_beside_the_first_run(pair, monkeypatch):
+    monkeypatch.setattr(compare_plots, "KINDS", compare_plots.KINDS[1:4])
     page = compare.build(pair)
     assert page == pair[0] / "comparison-with-second.html"
     reader = read(page)
@@ -244,7 +245,7 @@ def test_the_page_stands_alone_and_is_written_beside_the_first_run(pair):
     radios = [attrs for name, attrs in reader.tags if name == "input"]
     assert [a["id"] for a in radios] == ["by-tokens", "by-step", "by-time"] and "checked" in radios[0]
     for axis in ("tokens", "step", "time"):
-        assert reader.source.count(f'class="over-{axis}"') == 11  # 6 of pretraining, 5 of tuning: no bits per byte
+        assert reader.source.count(f'class="over-{axis}"') == 5  # 3 of pretraining, 2 of tuning: no bits per byte
         assert f"main:has(#by-{axis}:checked)" in reader.source
     assert "one" in reader.text and "two" in reader.text and "in order 699." in reader.text
 
