@@ -175,7 +175,7 @@ class _Hub:
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
         url = hf_hub_url(self.repository, file.name, revision=self.commit, endpoint=self.endpoint)
-        with open(path, "ab") as out:
+        with open(path, "ab", buffering=0) as out:  # what has come is on record, whatever ends this process
             have = out.tell()
             headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
             headers |= {"Range": f"bytes={have}-"} if have else {}
@@ -186,7 +186,7 @@ class _Hub:
                 if have and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
                     out.truncate(0)  # the server began anew
                     have = 0
-                for block in response.iter_bytes(CHUNK_BYTES):
+                for block in response.iter_bytes():
                     have += len(block)
                     if have > file.size:
                         out.close()
@@ -197,7 +197,6 @@ class _Hub:
                         )
                     out.write(block)
                     come(have)
-            out.flush()
             os.fsync(out.fileno())
 
     @contextlib.contextmanager
@@ -214,6 +213,9 @@ class _Hub:
             raise ConfigError("HF_HUB_OFFLINE is set, so nothing can be pulled", fix="unset HF_HUB_OFFLINE") from None
         except HTTPError as error:
             raise self._refusal(error) from None
+        except (ValueError, KeyError, TypeError, AttributeError):  # a page of some other server
+            what = f"{self.endpoint} does not answer as a hub does"
+            raise ResourceError(what, fix="check HF_ENDPOINT") from None
 
     def _refusal(self, error: Exception) -> Exception:
         """The one line for what a hub answers, or for none."""
@@ -247,7 +249,8 @@ class _Hub:
             names = [model.id for model in HfApi(endpoint=self.endpoint).list_models(author=owner, limit=200)]
         except Exception:  # only a hint
             return ""
-        return next(iter(difflib.get_close_matches(self.repository, names, n=1)), "")
+        others = [name for name in names if name != self.repository]
+        return next(iter(difflib.get_close_matches(self.repository, others, n=1)), "")
 
 
 def _choose(hub: _Hub, listing: Sequence[RemoteFile], aside: Path) -> list[RemoteFile]:
