@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from octavo.errors import ConfigError
+from octavo.infer import native
 from octavo.infer.sampling import SamplingConfig, draw, generators, shape
 from octavo.nn.contracts import Inputs
 
@@ -179,6 +180,8 @@ class _Window:
         with torch.inference_mode():
             self.state = model.new_state(len(prompts), min(needed, model.max_seq_len))
         self.device = self.state.lengths.device
+        self.native = None if native.unsuitable(model, self.state) or native.library()[1] else native.NativeStep
+        self.step: native.NativeStep | None = None
 
     def read(self, new: Sequence[Sequence[int]]) -> Tensor:
         """Append ``new`` tokens to each row; the logits (B, V) after each row's last token, any where none is new."""
@@ -186,11 +189,22 @@ class _Window:
             row.extend(ids)
         limit = self.model.max_seq_len
         if self.state is not None and max(len(row) for row, ids in zip(self.rows, new, strict=True) if ids) <= limit:
+            if self.native is not None and max(map(len, new)) == 1:
+                return self._native_step(new)
             return self._forward(new, PREFILL_TOKENS)
         self.state = None
         return self._forward(
             [row[-limit:] if ids else row[-1:] for row, ids in zip(self.rows, new, strict=True)], limit
         )
+
+    def _native_step(self, new: Sequence[Sequence[int]]) -> Tensor:
+        if self.step is None:
+            self.step = native.NativeStep(self.model, self.state)
+        rows = [row for row, ids in enumerate(new) if ids]
+        logits = self.step(torch.tensor([new[row][0] for row in rows]), torch.tensor(rows))
+        if len(rows) == len(new):
+            return logits
+        return logits.new_zeros(len(new), logits.shape[1]).index_copy_(0, torch.tensor(rows), logits)
 
     @torch.inference_mode()
     def _forward(self, rows: Sequence[Sequence[int]], n_at_once: int) -> Tensor:

@@ -131,6 +131,13 @@ def place(
     return ctx, lengths + valid.sum(1), last, begin[:, -1]
 
 
+def _full(max_tokens: int, needed: int) -> ResourceError:
+    return ResourceError(
+        f"the decode state holds {max_tokens} tokens a row, {needed} are needed",
+        fix="ask for a state with more tokens, or start a new one",
+    )
+
+
 class ContiguousState(State):
     """Every field in one buffer: (B, max_tokens + 1, ...) for tokens, (B, length + 1, ...) for rings.
 
@@ -159,10 +166,7 @@ class ContiguousState(State):
             added = T if inputs.valid is None else inputs.valid.sum(1)
             self.used, needed = int(self.lengths.max()), int((self.lengths + added).max())
             if needed > self.max_tokens:
-                raise ResourceError(
-                    f"the decode state holds {self.max_tokens} tokens a row, {needed} are needed",
-                    fix="ask for a state with more tokens, or start a new one",
-                )
+                raise _full(self.max_tokens, needed)
         ctx, self.lengths, self.last_doc, self.doc_start = place(inputs, self.lengths, self.last_doc, self.doc_start)
         self.used = min(self.used + T, self.max_tokens)
         slots = torch.where(ctx.valid, ctx.slots, self.max_tokens)
@@ -171,6 +175,23 @@ class ContiguousState(State):
         filled = torch.where(place_of < self.lengths[:, None], place_of, -1)
         ctx.keys = Keys(filled, self.doc_ids[:, : self.used])
         return ctx
+
+    def advance(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Make room for one more token of the last document of each of ``rows`` (M,), each at most once.
+
+        Returns the slots to write to and the first slots that may be read, (M,) each. What ``begin`` does for
+        the one case that decoding is made of; whoever asks writes the fields itself.
+        """
+        if self.used >= self.max_tokens:
+            self.used = int(self.lengths.max())
+            if bool((self.lengths[rows] >= self.max_tokens).any()):
+                raise _full(self.max_tokens, self.used + 1)
+        slots, docs = self.lengths[rows], self.last_doc[rows].clamp(min=0)
+        self.doc_ids[rows, slots] = docs
+        self.last_doc = self.last_doc.index_copy(0, rows, docs)
+        self.lengths = self.lengths.index_add(0, rows, torch.ones_like(rows))
+        self.used = min(self.used + 1, self.max_tokens)
+        return slots, self.doc_start[rows]
 
     def layer(self, name: str) -> LayerState | None:
         return self.layers.get(name)

@@ -65,10 +65,11 @@ def _processor() -> str:
     return "\n".join(line for line in first if line.split(":")[0].strip() in wanted)
 
 
-def build(*, emulated: bool = False) -> Path:
-    """The library's file, compiled if it is not there yet.
+def build(name: str = "attention", *, emulated: bool = False) -> Path:
+    """The file of the library made of ``name``.cpp, compiled if it is not there yet.
 
     Args:
+        name: attention or decode.
         emulated: bf16 runs through the AMX kernel on an emulated tile unit.
 
     Raises:
@@ -83,12 +84,13 @@ def build(*, emulated: bool = False) -> Path:
         raise Unavailable("no C++ compiler found on PATH")
     native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
     flags = [*FLAGS, native, *([EMULATED] if emulated else [])]
-    sources = sorted(path for path in FOLDER.iterdir() if path.suffix in (".cpp", ".h"))
+    source = FOLDER / f"{name}.cpp"
+    sources = [source, *sorted(path for path in FOLDER.iterdir() if path.suffix == ".h")]
     digest = hashlib.sha256(repr((flags, program, platform.machine(), _processor())).encode())
     digest.update(_run([program, "--version"]).encode())
     for path in sources:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    target = cache_folder() / digest.hexdigest()[:24] / "attention.so"
+    target = cache_folder() / digest.hexdigest()[:24] / f"{name}.so"
     if target.exists():
         return target
     try:
@@ -98,7 +100,7 @@ def build(*, emulated: bool = False) -> Path:
             if not target.exists():  # another process may have built it meanwhile
                 with tempfile.TemporaryDirectory(dir=target.parent) as folder:
                     made = Path(folder) / target.name
-                    _run([program, *flags, str(FOLDER / "attention.cpp"), "-o", str(made)])
+                    _run([program, *flags, str(source), "-o", str(made)])
                     os.replace(made, target)
     except OSError as error:
         raise Unavailable(f"{cache_folder()} cannot be written: {error.strerror}") from None
@@ -116,14 +118,14 @@ def load(path: Path) -> ctypes.CDLL:
         call = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_int, ctypes.c_int) + (ctypes.c_void_p,) * 2
         library.attention_forward.argtypes = library.attention_backward.argtypes = call
         library.attention_init.argtypes = (ctypes.c_void_p,)
-        library.attention_init(_team())
+        library.attention_init(team())
     except (OSError, AttributeError) as error:
         path.unlink(missing_ok=True)  # built anew by the next process
         raise Unavailable(f"{path} cannot be loaded: {str(error).splitlines()[0][:120]}") from None
     return library
 
 
-def _team() -> ctypes.c_void_p | None:
+def team() -> ctypes.c_void_p | None:
     """The entry point of the OpenMP runtime that torch runs on, if it is one that can be shared."""
     if "ATen parallel backend: OpenMP" not in torch.__config__.parallel_info():
         return None

@@ -1,0 +1,151 @@
+"""The native step against the model's own forward pass: rows of different lengths, shapes, both number formats."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from octavo.errors import ResourceError
+from octavo.infer.native import NativeStep, library, unsuitable
+from octavo.models.decoder import Decoder, build
+from octavo.nn.contracts import Inputs
+
+ATTENTION = {"kind": "attention", "n_heads": 4, "n_kv_heads": 2}
+SHAPES = {
+    "llama": {},
+    "odd widths": {
+        "d_model": 52,
+        "blocks": {"block": {"mixer": ATTENTION | {"head_dim": 14}, "channel": {"kind": "glu", "d_ff": 37}}},
+    },
+    "qwen2": {"blocks": {"block": {"mixer": ATTENTION | {"qkv_bias": True, "o_bias": True}}}},
+    "qwen3": {"blocks": {"block": {"mixer": ATTENTION | {"qk_norm": {"kind": "rmsnorm", "eps": 1e-5}}}}},
+    "untied": {"tie_embeddings": False, "head_bias": True},
+    "tied with bias": {"head_bias": True},
+    "mlp": {"blocks": {"block": {"mixer": ATTENTION, "channel": {"kind": "mlp", "activation": "gelu", "bias": True}}}},
+    "interleaved": {"positions": {"kind": "rope", "layout": "interleaved", "fraction": 0.5, "reverse": True}},
+    "no positions": {"positions": "none"},
+    "many heads": {"blocks": {"block": {"mixer": {"kind": "attention", "n_heads": 8, "scale": 0.3}}}},
+}
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+    assert library()[0] is not None or "compiler" in library()[1], library()[1]
+    if library()[0] is None:
+        pytest.skip(library()[1])
+
+
+def model(**changes) -> Decoder:
+    base = {
+        "d_model": 64,
+        "n_layers": 3,
+        "vocab_size": 53,
+        "max_seq_len": 64,
+        "blocks": {"block": {"mixer": ATTENTION}},
+    }
+    made = build(Decoder.Config.model_validate(base | changes)).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)  # biases and norms that matter
+    return made
+
+
+@torch.inference_mode()
+def read(one: Decoder, prompts: list[list[int]]):
+    state = one.new_state(len(prompts), 40)
+    longest = max(map(len, prompts))
+    tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts])
+    valid = torch.tensor([[i < len(p) for i in range(longest)] for p in prompts])
+    one(Inputs(tokens, valid=valid), state=state)
+    return state
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_step_is_the_models_own(shape, dtype, threads):
+    one = model(**SHAPES[shape]).to(dtype)
+    prompts = [[1, 2, 3, 4, 5], [7], [9, 8], [3] * 30, [11, 12]]
+    plain, native = read(one, prompts), read(one, prompts)
+    assert unsuitable(one, native) == ""
+    step = NativeStep(one, native)
+    # In bf16 the model rounds every activation, the native step none: the model in fp32 is the judge of both.
+    exact = model(**SHAPES[shape])
+    exact.load_state_dict({k: v.float() for k, v in one.state_dict().items()})
+    judge = read(exact, prompts)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for n in range(6):
+            rows = torch.arange(5) if n != 3 else torch.tensor([3, 1])
+            tokens = torch.randint(53, (len(rows),))
+            found = step(tokens, rows)
+            padded, valid = torch.zeros(5, 1, dtype=torch.long), torch.zeros(5, 1, dtype=torch.bool)
+            padded[rows, 0], valid[rows, 0] = tokens, True
+            with torch.inference_mode():
+                own = one(Inputs(padded, valid=valid), state=plain).logits[rows, -1]
+                true = exact(Inputs(padded, valid=valid), state=judge).logits[rows, -1]
+            scale = float(true.abs().max())
+            if dtype == torch.float32:
+                assert float((found - own).abs().max()) < 2e-6 * max(scale, 1) * 3
+            else:
+                # The cache is rounded in both: the native step must not be further off than the model itself.
+                assert float((found - true).norm()) <= 1.2 * float((own - true).norm()) + 1e-3
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(native.lengths, plain.lengths) and torch.equal(native.doc_ids[:, :40], plain.doc_ids[:, :40])
+
+
+@torch.inference_mode()
+def test_the_state_can_go_on_without_it():
+    one = model()
+    plain, native = read(one, [[1, 2, 3], [4, 5]]), read(one, [[1, 2, 3], [4, 5]])
+    NativeStep(one, native)(torch.tensor([6, 7]), torch.tensor([0, 1]))
+    one(Inputs(torch.tensor([[6], [7]])), state=plain)
+    more = Inputs(torch.tensor([[8, 9], [10, 11]]))
+    torch.testing.assert_close(one(more, state=native).logits, one(more, state=plain).logits)
+
+
+@torch.inference_mode()
+def test_only_the_last_document_is_read():
+    one = model()
+    states = []
+    for _ in range(2):
+        state = one.new_state(1, 40)
+        one(Inputs(torch.tensor([[1, 2, 3, 4, 5]]), doc_ids=torch.tensor([[0, 0, 0, 1, 1]])), state=state)
+        states.append(state)
+    found = NativeStep(one, states[0])(torch.tensor([6]), torch.tensor([0]))
+    own = one(Inputs(torch.tensor([[6]]), doc_ids=torch.tensor([[1]])), state=states[1]).logits[:, -1]
+    torch.testing.assert_close(found, own, atol=1e-5, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_a_full_state_is_refused():
+    one = model()
+    state = read(one, [[1, 2, 3]])
+    step = NativeStep(one, state)
+    for _ in range(37):
+        step(torch.tensor([1]), torch.tensor([0]))
+    with pytest.raises(ResourceError, match="40 tokens a row, 41 are needed"):
+        step(torch.tensor([1]), torch.tensor([0]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"positions": "learned"}, "positions learned"),
+        ({"norm": "layernorm"}, "not RMSNorm"),
+        ({"logit_softcap": 30.0}, "capped"),
+        ({"blocks": {"block": {"mixer": ATTENTION | {"window": 4}}}}, "not full attention"),
+        ({"blocks": {"block": {"mixer": ATTENTION, "norm_placement": "sandwich"}}}, "norms not before"),
+        ({"blocks": {"block": {"mixer": ATTENTION, "channel": {"kind": "glu", "activation": "sigmoid"}}}}, "usual"),
+        ({"norm": {"kind": "rmsnorm", "offset": True}}, "not RMSNorm"),
+    ],
+)
+def test_what_it_does_not_serve_is_named(changes, why):
+    one = model(**changes)
+    state = one.new_state(1, 8)
+    assert why in unsuitable(one, state)
+    with pytest.raises(ValueError, match=why):
+        NativeStep(one, state)
