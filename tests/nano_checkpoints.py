@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from octavo.errors import CheckpointError
 from octavo.hub import pickled
 
 LETTERS = "\n !,.abcdefghijklmnopqrst"
@@ -19,7 +18,7 @@ def read_here(path: Path, folder: Path) -> None:
     try:
         pickled._convert(str(path), str(folder), 2 * path.stat().st_size)
     except Exception as error:
-        raise CheckpointError(f"{path}: {pickled._explain(error)}") from None
+        raise pickled.refused(path, pickled._explain(error)) from None
 
 
 def draw(shapes: dict[str, tuple[int, ...]], seed: int = 5) -> dict[str, torch.Tensor]:

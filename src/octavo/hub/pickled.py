@@ -142,7 +142,12 @@ def _run_child(path: Path, folder: Path) -> None:
     if not said:
         why = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
         said = f"reading it was ended by {why}; it asks for more memory or time than its size explains"
-    raise CheckpointError(f"{path}: {said}", fix="do not use it, or ask its author for safetensors")
+    raise refused(path, said)
+
+
+def refused(path: Path, said: str) -> CheckpointError:
+    """The error for what the child says of a file."""
+    return CheckpointError(f"{path}: {said}", fix="do not use it, or ask its author for safetensors")
 
 
 # ------------------------------------------------------------------------------------------- the child
@@ -229,7 +234,7 @@ def _explain(error: Exception) -> str:
         return f"it holds more than weights: {match[1]}"
     if "Weights only load failed" in text:
         return "it holds more than weights, or is damaged"
-    return f"it cannot be read: {text[:200] or type(error).__name__}"
+    return f"it cannot be read: {text.partition('. ')[0][:200] or type(error).__name__}"
 
 
 if __name__ == "__main__":
