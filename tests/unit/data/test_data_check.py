@@ -247,6 +247,17 @@ def test_a_template_that_spoils_the_tuning_is_found(template, wrong):
         assert found[name].fix and found[name].examples[0].startswith("chat.jsonl:1")
 
 
+def test_a_prompt_may_differ_in_its_text_or_only_in_its_tokens():
+    other = by_name(check_chat.rendering(GOOD, tokenizer_with(TEMPLATES["other prompt"]), 100, 1000))
+    assert "the text before message 1 is another one" in other["prompts that differ"].examples[0]
+    # The line end that opens an answer and the one that it begins with are one token, but not in the prompt.
+    merging = train(ByteBPE(vocab_size=300), ["a\n\nb\n\nc" * 200])
+    rows = [*GOOD, told(("user", "x"), ("assistant", "\nand so"), line=99)]
+    found = by_name(check_chat.rendering(rows, merging, 100, 1000))["prompts that differ"]
+    assert found.figures["count"] == 1 and found.verdict == "warn"
+    assert found.examples == ["chat.jsonl:99: the tokens before message 1 are others in the prompt"]
+
+
 def test_a_template_that_refuses_names_the_rows():
     template = "{% for m in messages %}{{ raise_exception('no') if '7' in m.content }}{{ m.content }}{% endfor %}"
     found = by_name(check_chat.rendering(GOOD, tokenizer_with(template), 100, 1000))
@@ -374,7 +385,8 @@ def test_files_are_told_apart_and_all_that_is_wrong_is_found_at_once(tmp_path, c
     assert main(["data", "check", "latin.txt", "--encoding", "latin-1"]) == 0
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": 3, "completion": "b"}\n')
     assert main(["data", "check", "bad.jsonl"]) == 3
-    assert "bad.jsonl:2: expected text in `prompt`, got a number" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "expected text in `prompt`, got a number" in shown and "(bad.jsonl:2)" in shown
     (tmp_path / "bad.jsonl").unlink()
     assert tree(tmp_path) == before
 

@@ -94,7 +94,11 @@ def test_the_held_out_rows_are_those_of_every_validation(run):
     batches = list(feed.validation_batches(found.valid, found.source, recipe.train))
     assert len(batches) > 2
     for number in (0, 2):
-        assert_same(feed.look(recipe, folder, "pretrain", split="valid", step=number, n=9).rows, batches[number])
+        rows = feed.look(recipe, folder, "pretrain", split="valid", step=number, n=9).rows
+        assert_same(rows, batches[number])
+        for part in (part for row in rows for part in row.parts):
+            document = found.valid.shards.document(part.piece.number)[part.piece.offset :]
+            assert [token.id for token in part.tokens] == document[: part.piece.tokens].tolist()
 
 
 def test_a_piece_is_the_part_of_the_document_it_says(run):
