@@ -297,13 +297,13 @@ def test_text_that_normalisation_changes_goes_the_usual_way(scanned):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 @needs_fastokens
 @pytest.mark.parametrize("name", ["qwen2", "gpt2", "llama3", "nfc"])
 def test_every_code_point(scanned, name):
     chars = [chr(c) for c in range(0x110000) if not 0xD800 <= c <= 0xDFFF]
     for form in ("{0}", "{0}a{0}a {0}{0} 1{0}1\n{0}\r!{0}", "中{0}文 '{0}t {0}'s'{0}\u0301 {0} {0}  {0}"):
-        for start in range(0, len(chars), 100_000):
-            texts = [form.format(char) for char in chars[start : start + 100_000]]
+        for start in range(0, len(chars), 20_000):
+            texts = [form.format(char) for char in chars[start : start + 20_000]]
             ours, theirs = scanned[name].encode_batch(texts), scanned[name]._encode_all(texts)
             assert np.array_equal(np.concatenate(ours), np.concatenate(theirs)), (form, hex(start))
