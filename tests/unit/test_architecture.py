@@ -34,11 +34,12 @@ MAY_SEE: dict[str, set[str]] = {
     "serve": {"tokenizer", "infer"},
 }
 # These put the rooms together; only the command line stands above them.
-ASSEMBLY = {"config", "feed", "language_model", "launch", "pipeline", "repeat"}
+ASSEMBLY = {"config", "feed", "language_model", "launch", "pipeline", "plan", "repeat"}
 
 TORCH_FREE = (
     "octavo", "octavo.run", "octavo.schema", "octavo.cli.main",
     "octavo.data.prepare", "octavo.data.shards", "octavo.data.loader", "octavo.data.workers", "octavo.data.chat",
+    "octavo.hub.formats", "octavo.hub.gguf", "octavo.hub.llama2c", "octavo.hub.pull",
     "octavo.tokenizer", "octavo.serve.settings", "octavo.training.progress",
 )  # fmt: skip
 
