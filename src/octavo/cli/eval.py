@@ -45,7 +45,7 @@ def evaluate(
     from octavo.run import find_model
     from octavo.training.progress import Console
 
-    find_model(model)
+    find_model(model, files=True)
     shards = model / "data"
     held_out = data or (shards / "valid" if (shards / "valid").is_dir() else None)
     counted = train or (shards / "train" if (shards / "train").is_dir() else None)

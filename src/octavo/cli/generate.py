@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(rich_markup_mode="rich")
 
-Model = Annotated[Path, typer.Argument(help="A run or a model folder.")]
+Model = Annotated[Path, typer.Argument(help="A run, a model folder, a pulled org/name, or a GGUF or llama2.c file.")]
 Temperature = Annotated[float, typer.Option(help="0 always takes the most probable token, 1 is the model's own taste.")]
 TopK = Annotated[int, typer.Option(help="Choose among the k most probable tokens; 0 among all.")]
 TopP = Annotated[float, typer.Option(help="Choose among the most probable tokens that add up to this much.")]

@@ -33,8 +33,9 @@ def serve(
 
     Example: [bold]octavo serve runs/quickstart --port 8000[/bold]
     """
-    if not model.exists():
-        raise ConfigError(f"{model} does not exist", fix="give a run or a model folder")
+    from octavo.run import find_model
+
+    find_model(model, files=True)  # before a port is taken
     if api_key is not None and not api_key.strip():
         raise ConfigError("the API key is empty", fix="give one with --api-key, or unset OCTAVO_API_KEY")
     from octavo.serve.listen import announce, bind, listen
