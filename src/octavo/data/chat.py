@@ -1,18 +1,17 @@
 """Conversations for instruction tuning: read from the usual file formats, checked, and made into samples.
 
-Files are .jsonl, .jsonl.gz or .json (a list of rows); `octavo.data.chat_formats` has the four shapes of rows. A row
-that is not what it claims to be is an error with file and line; a row that is well formed but holds nothing to
-learn is dropped and counted.
+Files are .jsonl or .json (a list of rows), also .gz and .zst; `octavo.data.chat_formats` has the four shapes of
+rows. A row that is not what it claims to be is an error with file and line; a row that is well formed but holds
+nothing to learn is dropped and counted.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
@@ -22,22 +21,24 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from octavo.data.chat_formats import COLUMNS, BadRow, Format, Message, Useless, convert, detect, kind_of
+from octavo.data.chat_rows import SUFFIXES, rows
+from octavo.data.opening import COMPRESSED, is_dir, is_file
 from octavo.errors import DataError, did_you_mean
 from octavo.files import sha256_file
 from octavo.schema import Config
 
 if TYPE_CHECKING:
-    from octavo.tokenizer import Tokenizer
+    from octavo.tokenizer import Rendered, Tokenizer
 
-MAX_ROW_BYTES = 64 * 2**20
 SHOWN_ERRORS = 5
+CHECKED_ROWS = 64
 
 
 class ChatConfig(Config):
     """Where conversations come from and how their rows are read.
 
     Args:
-        paths: files, folders (every .jsonl, .jsonl.gz and .json below them) or globs.
+        paths: files, folders (every .jsonl and .json below them, also .gz and .zst) or globs.
         format: the shape of the rows; ``auto`` looks at the first row of each file.
         columns: our column name -> the file's, where it is not one of the usual ones, such as
             ``{prompt: frage, completion: antwort}``; the format is then best given too.
@@ -109,10 +110,11 @@ def read(config: ChatConfig, report: ChatReport | None = None) -> list[Conversat
     """
     report = report if report is not None else ChatReport()
     conversations: list[Conversation] = []
-    bad: list[str] = []
+    bad: list[tuple[str, str]] = []  # place and reason of the first ones
+    n_bad = 0
     for path in _files(config.paths):
         layout: tuple[Format, dict[str, str]] | None = None
-        for line, row in _rows(path):
+        for line, row in rows(path):
             report.rows += 1
             try:
                 if isinstance(row, BadRow):
@@ -128,12 +130,16 @@ def read(config: ChatConfig, report: ChatReport | None = None) -> list[Conversat
             except Useless as reason:
                 report.dropped[str(reason)] += 1
             except BadRow as reason:
-                bad.append(f"{path}:{line}: {reason}")
+                n_bad += 1
                 report.dropped["bad row"] += 1
+                if len(bad) < SHOWN_ERRORS:
+                    bad.append((f"{path}:{line}", str(reason)))
     if bad and config.on_bad_row == "error":
-        shown = "\n  ".join(bad[:SHOWN_ERRORS])
+        (where, what), *others = bad
+        places = ", ".join(place for place, _ in others)
         raise DataError(
-            f"{len(bad)} of {report.rows} rows cannot be read, the first {min(len(bad), SHOWN_ERRORS)}:\n  {shown}",
+            f"{what}; {n_bad} of {report.rows} rows cannot be read" + (f", the next are {places}" if others else ""),
+            where=where,
             fix="correct these rows, name the columns with `columns`, or set on_bad_row=skip",
         )
     if not conversations:
@@ -167,13 +173,21 @@ def tokenise(
     counted; more than half of the answers cut, or more than 1 % of the rows dropped, is a warning.
 
     Raises:
-        DataError: nothing is left to train on.
+        DataError: nothing is left to train on; or the template cannot render a row, or renders one of the first 64
+            such that the model would learn what it is never asked, or not to stop (the message names the row).
     """
     report = report if report is not None else ChatReport()
     samples: list[Sample] = []
     n = truncated = dropped = 0
     for n, conversation in enumerate(conversations, 1):
-        rendered = tokenizer.render(conversation.messages, tools=conversation.tools)
+        try:
+            rendered = tokenizer.render(conversation.messages, tools=conversation.tools)
+            if n <= CHECKED_ROWS:
+                _check_rendered(conversation, rendered, tokenizer)
+        except DataError as error:
+            place = f"{conversation.source}:{conversation.line}" if conversation.source else f"conversation {n}"
+            where = f"{place}, {error.where}" if error.where else place
+            raise DataError(error.what, where=where, fix=error.fix, kept=error.kept) from None
         sample = Sample(
             np.asarray(rendered.ids[:seq_len], dtype=np.uint32),
             np.asarray(rendered.loss_mask[:seq_len], dtype=np.uint8),
@@ -186,12 +200,12 @@ def tokenise(
         trained = tokenizer.decode(i for i, m in zip(rendered.ids, rendered.loss_mask) if m) if calls else ""
         if not all(name in trained for name in calls):
             report.dropped["tool calls unknown to the chat template"] += 1
-        elif not sample.loss_mask.any():
+        elif not sample.loss_mask[1:].any():  # nothing stands before the first token to predict it from
             report.dropped["answer cut off" if cut else "no trained token"] += 1
         else:
             samples.append(sample)
             report.tokens += len(sample.ids)
-            report.trained_tokens += int(sample.loss_mask.sum())
+            report.trained_tokens += int(sample.loss_mask[1:].sum())
             continue
         dropped += 1
     report.samples += len(samples)
@@ -209,70 +223,50 @@ def tokenise(
     return samples
 
 
+def _check_rendered(conversation: Conversation, rendered: Rendered, tokenizer: Tokenizer) -> None:
+    """What the model is trained on must be what it will be asked, and end with what ends an answer."""
+    ids, mask, bos = rendered.ids, rendered.loss_mask, tokenizer.special.bos
+    if bos is not None and ids[:2] == [bos, bos]:
+        raise DataError(
+            f"the rendered conversation begins twice with {tokenizer.tokens[bos]}",
+            fix="let the chat template write bos_token once",
+        )
+    last = len(mask) - 1 - mask[::-1].index(1) if 1 in mask else -1
+    first = last
+    while first > 0 and mask[first - 1]:
+        first -= 1
+    if last >= 0 and not tokenizer.stop_ids.intersection(ids[first : last + 1]):
+        stops = ", ".join(tokenizer.tokens[i] or "" for i in sorted(tokenizer.stop_ids)) or "it has none"
+        raise DataError(
+            f"the last answer is trained without a token that ends it ({stops}): the model would never stop",
+            fix="let the chat template write eos_token, or the token that ends a turn, inside the generation block",
+        )
+    prompt = tokenizer.render(conversation.messages[:-1], add_generation_prompt=True, tools=conversation.tools)
+    if not rendered.text.startswith(prompt.text):
+        raise DataError(
+            "the prompt before the last answer is not how the rendered conversation begins",
+            fix="let add_generation_prompt write exactly what stands before an answer in the chat template",
+        )
+
+
 def _files(patterns: Iterable[str]) -> list[Path]:
     found: list[Path] = []
     for pattern in patterns:
         path = Path(pattern)
-        if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.name.endswith((".jsonl", ".jsonl.gz", ".json")))
-        elif path.is_file():
+        if is_dir(path):
+            files = sorted(p for p in path.rglob("*") if _is_chat(p) and p.is_file())
+        elif is_file(path):
             files = [path]
         else:
             files = [Path(name) for name in sorted(glob(pattern, recursive=True)) if Path(name).is_file()]
         if not files:
-            raise DataError(f"{pattern} matches no chat file", fix="give a .jsonl, .jsonl.gz or .json file")
+            raise DataError(f"{pattern} matches no chat file", fix="give a .jsonl or .json file (also .gz and .zst)")
         found += [file for file in files if file not in found]
     return found
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line, row) of a file; a row that is not JSON comes as a ``BadRow``."""
-    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as stream:
-        start = stream.peek(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-        if start == b"[" or path.suffix == ".json":
-            yield from _array_rows(path, stream.read())
-            return
-        for line, raw in enumerate(iter(lambda: stream.readline(MAX_ROW_BYTES + 1), b""), 1):
-            if len(raw) > MAX_ROW_BYTES:
-                raise DataError(f"{path}:{line}: the row is over {MAX_ROW_BYTES >> 20} MiB", fix="split or remove it")
-            try:
-                text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
-                if text:
-                    yield line, json.loads(text)
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
-                yield line, _not_json(error, line)
-
-
-def _array_rows(path: Path, raw: bytes) -> Iterator[tuple[int, Any]]:
-    """The items of a JSON list, or objects one after another, with the line each begins at."""
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        yield raw[: error.start].count(b"\n") + 1, _not_json(error, 0)
-        return
-    decoder = json.JSONDecoder()
-    at = len(text) - len(text.lstrip())
-    is_list = text.startswith("[", at)
-    at += is_list
-    line, counted = 1, 0
-    while True:
-        while at < len(text) and text[at] in " \t\r\n,":
-            at += 1
-        if at >= len(text) and is_list:
-            yield text.count("\n") + 1, BadRow("the list is not closed: the file ends early")
-        if at >= len(text) or text[at] == "]":
-            return
-        line, counted = line + text.count("\n", counted, at), at
-        try:
-            row, at = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            yield error.lineno, _not_json(error, error.lineno)
-            return
-        yield line, row
-
-
-def _not_json(error: UnicodeDecodeError | json.JSONDecodeError, line: int) -> BadRow:
-    if isinstance(error, UnicodeDecodeError):
-        return BadRow(f"byte 0x{error.object[error.start]:02X} at {error.start:,} is not UTF-8")
-    excerpt = error.doc[max(0, error.pos - 30) : error.pos + 30].replace("\n", " ")
-    return BadRow(f"column {error.colno}: not JSON ({error.msg}) near {excerpt!r}")
+def _is_chat(path: Path) -> bool:
+    name = path.name.lower()
+    for suffix in COMPRESSED:
+        name = name.removesuffix(suffix)
+    return name.endswith(SUFFIXES)

@@ -15,7 +15,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any, Literal
+
+from octavo.data import readers
+
+MAX_DEPTH = 48  # of a message or a tool; rendering takes a few more
 
 Format = Literal["alpaca", "sharegpt", "messages", "pairs"]
 Message = dict[str, Any]
@@ -96,9 +101,14 @@ def detect(
         if all(names[column] in row for column in needed):
             return name, names
     raise BadRow(
-        f"columns {', '.join(map(str, row)) or '(none)'} are not those of Alpaca (instruction, output), ShareGPT "
+        f"columns {_columns(row) or '(none)'} are not those of Alpaca (instruction, output), ShareGPT "
         "(conversations), messages (messages) or pairs (prompt, completion)"
     )
+
+
+def _columns(row: Mapping[str, Any]) -> str:
+    names = [readers.excerpt(name) for name in islice(row, readers.SHOWN_FIELDS)]
+    return ", ".join(names) + (" ..." if len(row) > len(names) else "")
 
 
 def _names(name: Format, row: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, str]:
@@ -128,8 +138,7 @@ def convert(row: dict[str, Any], name: Format, names: Mapping[str, str]) -> tupl
     if row.get(names["system"]) and not any(m["role"] == "system" for m in messages):
         messages.insert(0, {"role": "system", "content": _text(row, names["system"])})
     for i, message in enumerate(messages):
-        if any("\ud800" <= char <= "\udfff" for char in message["content"]):
-            raise BadRow(f"message {i}: a lone surrogate is not Unicode text")
+        _check_text(message, f"message {i}")
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     if not messages:
@@ -142,12 +151,28 @@ def convert(row: dict[str, Any], name: Format, names: Mapping[str, str]) -> tupl
     tools = _json(row.get(names["tools"]) or None, names["tools"]) if "tools" in names else None
     if tools is not None and not isinstance(tools, list):
         raise BadRow(f"expected a list in `{names['tools']}`, got {kind_of(tools)}")
+    _check_text(tools, "tools")
     return messages, tools or None
+
+
+def _check_text(value: Any, where: str, depth: int = 0) -> None:
+    """Refuse a character that no text may hold, and nesting that no template could walk, wherever they stand."""
+    if isinstance(value, str):
+        if (wrong := readers.forbidden(value)) is not None:
+            raise BadRow(f"{where}: {wrong[1]} at character {wrong[0]:,} of the text")
+    elif isinstance(value, dict | list):
+        if depth > MAX_DEPTH:
+            raise BadRow(f"{where}: nested more than {MAX_DEPTH} deep")
+        for part in [*value, *value.values()] if isinstance(value, dict) else value:
+            _check_text(part, where, depth + 1)
 
 
 def _alpaca(row: dict[str, Any], names: Mapping[str, str]) -> list[Message]:
     messages: list[Message] = []
-    for pair in row.get(names["history"]) or []:
+    history = row.get(names["history"]) or []
+    if not isinstance(history, list):
+        raise BadRow(f"expected a list in `{names['history']}`, got {kind_of(history)}")
+    for pair in history:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise BadRow(f"expected pairs of texts in `{names['history']}`, got {kind_of(pair)}")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
@@ -170,7 +195,7 @@ def _side(row: dict[str, Any], column: str, role: str) -> list[Message]:
 
 def _text(row: dict[str, Any], column: str) -> str:
     if column not in row:
-        raise BadRow(f"`{column}` is missing; the row has {', '.join(map(str, row)) or 'no columns'}")
+        raise BadRow(f"`{column}` is missing; the row has {_columns(row) or 'no columns'}")
     if not isinstance(row[column], str):
         raise BadRow(f"expected text in `{column}`, got {kind_of(row[column])}")
     return row[column]
@@ -179,9 +204,10 @@ def _text(row: dict[str, Any], column: str) -> str:
 def _message(turn: Any, role_key: str, content_key: str, index: int) -> Message:
     if not isinstance(turn, dict):
         raise BadRow(f"message {index}: expected an object, got {kind_of(turn)}")
-    if turn.get(role_key) not in ROLES:
-        raise BadRow(f"message {index}: `{role_key}` = {turn.get(role_key)!r} is none of {', '.join(ROLES)}")
-    role = ROLES[turn[role_key]]
+    given = turn.get(role_key)
+    if not isinstance(given, str) or given not in ROLES:
+        raise BadRow(f"message {index}: `{role_key}` = {readers.shown(given)} is none of {', '.join(ROLES)}")
+    role = ROLES[given]
     content = turn.get(content_key)
     if role == "function_call":
         return {"role": "assistant", "content": "", "tool_calls": [_call(_json(content, content_key))]}
@@ -192,8 +218,11 @@ def _message(turn: Any, role_key: str, content_key: str, index: int) -> Message:
         message |= _parts(content, index)
     elif not isinstance(message["content"], str):
         raise BadRow(f"message {index}: expected text in `{content_key}`, got {kind_of(content)}")
-    if turn.get("tool_calls"):
-        message["tool_calls"] = [_call(call.get("function", call)) for call in turn["tool_calls"]]
+    if calls := turn.get("tool_calls"):
+        if not isinstance(calls, list):
+            raise BadRow(f"message {index}: expected a list in `tool_calls`, got {kind_of(calls)}")
+        functions = [call.get("function", call) if isinstance(call, dict) else call for call in calls]
+        message["tool_calls"] = [_call(function) for function in functions]
     for key in ("reasoning_content", "name", "tool_call_id"):
         if isinstance(turn.get(key), str):
             message[key] = turn[key]
@@ -204,13 +233,13 @@ def _parts(parts: list[Any], index: int) -> Message:
     """Content given as typed parts: texts are joined, reasoning and tool calls go to fields of their own."""
     found: dict[str, list[Any]] = {"text": [], "reasoning": [], "tool_call": []}
     for part in parts:
-        if not isinstance(part, dict) or part.get("type") not in found:
-            kind = part.get("type") if isinstance(part, dict) else kind_of(part)
-            raise BadRow(f"message {index}: content of type {kind!r} is not text")
+        kind = part.get("type") if isinstance(part, dict) else kind_of(part)
+        if not isinstance(part, dict) or not isinstance(kind, str) or kind not in found:
+            raise BadRow(f"message {index}: content of type {readers.shown(kind)} is not text")
         value = part.get("value", part.get("text"))
         if not isinstance(value, str):
-            raise BadRow(f"message {index}: expected text in a part of type {part['type']}, got {kind_of(value)}")
-        found[part["type"]].append(value)
+            raise BadRow(f"message {index}: expected text in a part of type {kind}, got {kind_of(value)}")
+        found[kind].append(value)
     message: Message = {"content": "".join(found["text"])}
     if found["reasoning"]:
         message["reasoning_content"] = "".join(found["reasoning"])
@@ -229,9 +258,10 @@ def _json(value: Any, column: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise BadRow(f"`{column}` is not JSON ({error.msg} at {error.pos})") from None
+        return json.loads(value, parse_constant=readers.refuse_constant)
+    except (ValueError, RecursionError) as error:
+        why = "nested too deeply" if isinstance(error, RecursionError) else str(error).split(";")[0]
+        raise BadRow(f"`{column}` is not JSON ({why})") from None
 
 
 def kind_of(value: Any) -> str:

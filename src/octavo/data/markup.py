@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from html import unescape
 from html.parser import HTMLParser
+from typing import TYPE_CHECKING
 
 from octavo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 UNSEEN = frozenset("script style noscript template svg math head iframe object canvas".split())
 BREAKS = frozenset(
@@ -16,13 +22,34 @@ PARAGRAPHS = frozenset("article blockquote dl figure h1 h2 h3 h4 h5 h6 ol p pre 
 
 
 class _Text(HTMLParser):
-    """Collects what a reader of the page would see; text in ``pre`` keeps its line ends and spaces."""
+    """Collects what a reader of the page would see; text in ``pre`` keeps its line ends and spaces.
+
+    Where something that was begun is never closed, Python's parser looks for its end again and again. Here the first
+    search that fails is the last.
+    """
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
         self.parts: list[str] = []
         self.unseen: list[str] = []
+        self.open: Counter[str] = Counter()  # how often each tag stands in ``unseen``
         self.pre = 0
+        self.endless: set[str] = set()
+
+    def parse_comment(self, i: int, report: bool = True) -> int:
+        """See the base class; returns where the comment ends, -1 if it does not."""
+        return self._once("comment", super().parse_comment, i, report)
+
+    def parse_marked_section(self, i: int, report: bool = True) -> int:
+        """See the base class; returns where the section ends, -1 if it does not."""
+        kind = self.rawdata[i + 3 : i + 5].lower()  # each kind has an end of its own
+        return self._once(kind, super().parse_marked_section, i, report)
+
+    def _once(self, kind: str, parse: Callable[[int, bool], int], i: int, report: bool) -> int:
+        end = -1 if kind in self.endless else parse(i, report)
+        if end < 0:
+            self.endless.add(kind)
+        return end
 
     def _break(self, tag: str) -> None:
         if tag in PARAGRAPHS:
@@ -35,8 +62,10 @@ class _Text(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag == "body" or (self.unseen == ["head"] and tag in PARAGRAPHS):
             self.unseen.clear()
+            self.open.clear()
         if tag in UNSEEN:
             self.unseen.append(tag)
+            self.open[tag] += 1
         self._break(tag)
         self.pre += tag == "pre"
 
@@ -44,9 +73,11 @@ class _Text(HTMLParser):
         self._break(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        if tag in self.unseen:
-            while self.unseen.pop() != tag:
-                pass
+        while self.open[tag]:
+            closed = self.unseen.pop()
+            self.open[closed] -= 1
+            if closed == tag:
+                break
         self._break(tag)
         if tag == "pre" and self.pre:
             self.pre -= 1
@@ -56,8 +87,8 @@ class _Text(HTMLParser):
             self.parts.append(data if self.pre else re.sub(r"\s+", " ", data))
 
     def text(self) -> str:
-        joined = re.sub(r"[ \t]*\n[ \t]*(?=\n)|[ \t]+(?=\n)", "\n", "".join(self.parts).replace("\r\n", "\n"))
-        return re.sub(r"\n{3,}", "\n\n", re.sub(r"(?m)[ \t]+$", "", joined)).strip()
+        lines = "".join(self.parts).replace("\r\n", "\n").split("\n")
+        return re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip(" \t") for line in lines)).strip()
 
 
 def html_text(page: str, extract: str = "all") -> str | None:
@@ -78,9 +109,11 @@ def html_text(page: str, extract: str = "all") -> str | None:
             ) from error
         return trafilatura.extract(page, include_comments=False) or ""
     parser = _Text()
+    end = page.rfind(">") + 1  # behind the last one nothing can be a tag, which the parser would try at every place
     try:
-        parser.feed(page)
+        parser.feed(page[:end])
         parser.close()
+        parser.handle_data(unescape(page[end:]))
     except (AssertionError, ValueError, RecursionError):  # what html.parser raises on broken declarations
         return None
     return parser.text()

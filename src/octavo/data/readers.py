@@ -7,24 +7,24 @@ those into one error per file (the first five places and the total) or into reje
 from __future__ import annotations
 
 import codecs
-import gzip
-import io
 import json
-import zlib
+import re
+import reprlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from octavo.data.document import Document
 from octavo.data.markup import html_text
+from octavo.data.opening import BLOCK_BYTES, reading
 from octavo.errors import DataError, did_you_mean
 
 MAX_ROW_BYTES = 64 << 20
-BLOCK_BYTES = 1 << 20
 EXCERPT_CHARACTERS = 60
 SHOWN_ERRORS = 5
+SHOWN_FIELDS = 30
 
 Policy = Literal["error", "replace", "skip"]
 
@@ -59,6 +59,13 @@ def excerpt(text: str, column: int = 1) -> str:
     start = max(0, min(column - 1 - EXCERPT_CHARACTERS // 2, len(text) - EXCERPT_CHARACTERS))
     part = text[start : start + EXCERPT_CHARACTERS]
     return "".join(c if c.isprintable() else "·" for c in part)
+
+
+def shown(value: Any) -> str:
+    """The beginning of a JSON value as it may stand in a message, however large or deep the value is."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxlist, short.maxdict, short.maxstring, short.maxlong = 3, 12, 4, 60, 40
+    return excerpt(short.repr(value))
 
 
 def settle(
@@ -102,76 +109,6 @@ def _refusal(path: Path, bad: list[Bad], total: int) -> DataError:
 
 
 # ---- bytes ----
-
-
-class _ZstdStream(io.RawIOBase):
-    """Decompressed bytes of a .zst file of one or more frames; unlike the library's own reader, a file that ends
-    inside a frame is an error and not the end."""
-
-    FEED_BYTES = 256  # bounds what one call can inflate to (8 MiB, at 128 KiB for 4 bytes)
-
-    def __init__(self, file: BinaryIO):
-        import zstandard
-
-        self._library, self._file = zstandard, file
-        self._frame: Any = None
-        self._ready = memoryview(b"")
-        self._pending = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            data = self._pending or self._file.read(self.FEED_BYTES)
-            self._pending = b""
-            if not data:
-                if self._frame is not None:
-                    raise EOFError("the compressed stream ends early")
-                return 0
-            if self._frame is None:
-                self._frame = self._library.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
-            self._ready = memoryview(self._frame.decompress(data))
-            if self._frame.eof:
-                self._pending, self._frame = self._frame.unused_data, None
-        n = min(len(buffer), len(self._ready))
-        buffer[:n] = self._ready[:n]
-        self._ready = self._ready[n:]
-        return n
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[BinaryIO]:
-    """Open a file, decompressing .gz and .zst.
-
-    Raises:
-        DataError: it cannot be opened, or its compression is damaged or cut off.
-    """
-    failures: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
-    raw: Any = None
-    try:
-        suffix = path.suffix.lower()
-        if suffix == ".zst":
-            import zstandard
-
-            failures = (*failures, zstandard.ZstdError)
-        raw = open(path, "rb")  # noqa: SIM115 - closed below, whatever wraps it
-        if suffix == ".gz":
-            yield gzip.GzipFile(fileobj=raw, mode="rb")  # type: ignore[misc]
-        elif suffix == ".zst":
-            yield io.BufferedReader(_ZstdStream(raw), BLOCK_BYTES)
-        else:
-            yield raw
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is not there any more", fix="put it back and run the command again") from error
-    except failures as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(
-            f"{path} cannot be read: {reason}", where=f"{path}:1", fix="replace the file with an undamaged copy"
-        ) from error
-    finally:
-        if raw is not None:
-            raw.close()
 
 
 def lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | None]]:
@@ -278,11 +215,11 @@ def read_text(path: Path, limit: int, encoding: str, errors: Policy) -> Iterator
                 found.append(_encoding_bad(error, line, bytes(error.object), column + error.start + 1))
                 decoder.reset()
                 text = raw.decode(encoding, "replace")
-            if "\0" in text:
+            if (wrong := forbidden(text)) is not None:
                 if errors != "replace":
-                    at, reason = text.index("\0") + 1, "NUL character (a binary or UTF-16 file?)"
+                    at, reason = wrong
                     found.append(Bad(line, column + at, reason, excerpt(text, at), kind="encoding"))
-                text = text.replace("\0", "\ufffd")
+                text = _replaced(text)
             text = text.replace("\r\n", "\n").replace("\r", "\n")
             buffer += text.encode()
             column = 0 if ended else column + len(raw)
@@ -298,13 +235,14 @@ def read_text(path: Path, limit: int, encoding: str, errors: Policy) -> Iterator
     yield from found
 
 
-def _parse_row(raw: bytes, line: int, encoding: str, errors: Policy) -> Any:
+def parse_row(raw: bytes, line: int, encoding: str, errors: Policy) -> Any:
+    """The value of a line of JSON, or a ``Bad`` that says why it is none."""
     try:
         text = raw.decode(encoding, "replace" if errors == "replace" else "strict")
     except UnicodeDecodeError as error:
         return _encoding_bad(error, line, raw, error.start + 1)
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_constant=refuse_constant)
     except json.JSONDecodeError as error:
         return Bad(line, error.pos + 1, f"row is not JSON: {error.msg}", excerpt(text, error.pos + 1))
     except RecursionError:
@@ -313,7 +251,8 @@ def _parse_row(raw: bytes, line: int, encoding: str, errors: Policy) -> Any:
         return Bad(line, 0, f"row is not JSON: {str(error).split(';')[0]}", excerpt(text))
 
 
-def _refuse_constant(name: str) -> Any:
+def refuse_constant(name: str) -> Any:
+    """For ``json``, which takes NaN and Infinity for numbers."""
     raise ValueError(f"{name} is not a JSON number")
 
 
@@ -324,22 +263,23 @@ def read_rows(path: Path, encoding: str = "utf-8", errors: Policy = "error") -> 
             if raw is None:
                 yield Bad(number, 0, f"row is longer than {MAX_ROW_BYTES >> 20} MiB")
             elif raw.strip():
-                value = _parse_row(raw, number, encoding, errors)
+                value = parse_row(raw, number, encoding, errors)
                 yield value if isinstance(value, Bad) else (number, value)
 
 
 def field_text(row: Any, name: str, line: int, errors: Policy) -> str | Bad:
     """The text in field ``name`` of a row (a list of strings is joined by line ends), or what is wrong."""
     if not isinstance(row, dict):
-        return Bad(line, 0, f"expected an object with `{name}`, got {_json_type(row)}", excerpt(repr(row)))
+        return Bad(line, 0, f"expected an object with `{name}`, got {_json_type(row)}", shown(row))
     if name not in row:
-        hint = did_you_mean(name, row, thing="field") if row else "it is empty"
+        names = [field[:60] for field in islice(row, SHOWN_FIELDS)]
+        hint = did_you_mean(name, names, thing="field") if row else "it is empty"
         return Bad(line, 0, f"no field `{name}` in the row ({hint})")
     value = row[name]
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         value = "\n".join(value)
     if not isinstance(value, str):
-        return Bad(line, 0, f"`{name}` must be text, got {_json_type(value)}", excerpt(repr(value)))
+        return Bad(line, 0, f"`{name}` must be text, got {_json_type(value)}", shown(value))
     return _checked(value, line, errors)
 
 
@@ -348,8 +288,13 @@ def _checked(text: str, line: int, errors: Policy) -> str | Bad:
         if errors != "replace":
             reason = f"{found[1]} at character {found[0]:,} of the text"
             return Bad(line, 0, reason, excerpt(text, found[0]), kind="encoding" if errors == "skip" else "row")
-        text = text.encode("utf-8", "replace").decode().replace("\0", "\ufffd")
+        text = _replaced(text)
     return text.replace("\r\n", "\n")
+
+
+def _replaced(text: str) -> str:
+    """``text`` with U+FFFD for what no text may hold."""
+    return re.sub("[\0\ud800-\udfff]", "\ufffd", text)
 
 
 def _json_type(value: Any) -> str:

@@ -16,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from octavo.data import readers
 from octavo.data.document import Document
+from octavo.data.opening import COMPRESSED, is_dir, is_file
 from octavo.data.readers import Rejected
 from octavo.data.stdlib import StdlibConfig
 from octavo.data.stdlib import documents as stdlib_documents
@@ -35,7 +36,6 @@ FORMATS = {
     ".ndjson": "jsonl",
     ".parquet": "parquet",
 }
-COMPRESSED = (".gz", ".zst")
 DOCUMENT_BYTES = 8 << 20
 
 
@@ -83,6 +83,10 @@ class SourceConfig(Config):
             ) from None
         if not ascii_lines:
             raise ValueError(f"encoding {value!r} has no single-byte line ends; convert the files to utf-8")
+        try:
+            codecs.getincrementaldecoder(value)("replace").decode(b"\xff\x80a\\u", final=True)
+        except Exception:  # whatever a codec that is not made for files does
+            raise ValueError(f"encoding {value!r} cannot read files; use utf-8, gb18030, big5 or the like") from None
         return value
 
 
@@ -96,11 +100,14 @@ def expand(source: SourceConfig) -> list[Path]:
         return []
     if "://" in source.path:
         raise DataError(f"source {source.path} is a URL", fix="download it first and give the file")
-    path = Path(source.path).expanduser()
-    if path.is_file():
+    try:
+        path = Path(source.path).expanduser()
+    except RuntimeError:
+        raise DataError(f"source {source.path}: there is no such user", fix="write the path in full") from None
+    if is_file(path):
         _format(path, source)
         return [path]
-    if path.is_dir():
+    if is_dir(path):
         found = sorted(_walk(path), key=_order)
         kept = [p for p in found if source.format != "auto" or _known(p)]
         if not kept:
@@ -122,7 +129,9 @@ def _order(path: Path) -> tuple[str, ...]:
 def _walk(folder: Path) -> Iterator[Path]:
     for root, folders, names in os.walk(folder):
         folders[:] = [f for f in folders if not f.startswith(".") and f != "__pycache__"]
-        yield from (Path(root, name) for name in names if not name.startswith("."))
+        for path in (Path(root, name) for name in names if not name.startswith(".")):
+            if path.is_file() or not path.exists():  # a pipe or a device would never end
+                yield path
 
 
 def _suffix(path: Path) -> str:
@@ -158,7 +167,7 @@ def _nothing(what: str, found: Sequence[Path]) -> DataError:
 
 def _missing(path: Path) -> DataError:
     parent = path.parent
-    while not parent.is_dir() and parent != parent.parent:
+    while not is_dir(parent) and parent != parent.parent:
         path, parent = parent, parent.parent
     names = sorted(os.listdir(parent))
     close = nearest(path.name, names, n=3)
