@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import stat
 import subprocess
@@ -249,6 +250,78 @@ def test_first_keys_of_any_value_are_safe():
     y = plain(*leaves, (mask | ~some[:, None])[None, None], scale=0.25)
     true = grads(torch.where(some[:, None], y, 0), leaves, grad.double())
     assert some.any() and not some.all() and worst(ours, true, floor=1.0) < 2e-6
+
+
+# ------------------------------------------------------------------------------------------- AMX tiles, emulated
+
+
+@pytest.fixture(scope="module")
+def emulated_library() -> ctypes.CDLL:
+    return build.load(build.build(emulated=True))
+
+
+@pytest.fixture
+def emulated(emulated_library, monkeypatch) -> ctypes.CDLL:
+    assert emulated_library.attention_tiles() == 1
+    monkeypatch.setattr(build, "attempt", lambda: (emulated_library, ""))
+    return emulated_library
+
+
+@pytest.mark.parametrize("T", [1, 31, 33, 64, 129, 257, 300])
+def test_tiles_equal_plain_attention(T, emulated):
+    for turn, kind in enumerate(KINDS):
+        (H, G), K = HEADS[(T + turn) % len(HEADS)], (64, 32, 40, 128, 96, 34, 64)[turn]
+        q, k, v, grad = tensors(1, T, H, G, K, torch.bfloat16)
+        ctx, window = context(1, T, kind)
+        ours = got(q, k, v, grad, ctx.first_keys(window), K**-0.5)
+        true = wanted(q, k, v, grad, ctx, window, K**-0.5)
+        assert worst(ours, true, floor=1.0) < 5e-3, f"{kind} {H=} {G=} {K=}"
+
+
+def test_tiles_give_the_same_bits_for_every_number_of_threads(emulated):
+    q, k, v, grad = tensors(1, 300, 4, 1, 40, torch.bfloat16)
+    results = []
+    for n in (1, 2, 5):
+        torch.set_num_threads(n)
+        results.append(got(q, k, v, grad, None, 0.2))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_tiles_do_not_read_what_stands_on_padding(emulated):
+    q, k, v, grad = tensors(1, 70, 2, 1, 32, torch.bfloat16)
+    ctx, window = context(1, 70, "all")
+    clean = got(q, k, v, grad, ctx.first_keys(window), 0.2)
+    for x in (q, k, v, grad):
+        x.masked_fill_(~ctx.valid[:, None, :, None], float("nan"))
+    dirty = got(q, k, v, grad, ctx.first_keys(window), 0.2)
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+
+
+def test_the_emulated_unit_computes_as_documented(emulated):
+    """TDPBF16PS: even and odd pairs summed apart by fused steps, then added, then added to what was there."""
+    a = torch.randn(16, 32).mul(torch.logspace(-3, 3, 32)).bfloat16()
+    b = torch.randn(16, 32).bfloat16()  # row k: the pairs (2k, 2k + 1) of 16 columns
+    c = torch.randn(16, 16)
+    even, odd = torch.zeros(16, 16), torch.zeros(16, 16)
+    for k in range(16):  # exact products; in fp64 the sums are too, and rounded once
+        even = (even.double() + a[:, 2 * k, None].double() * b[k, 0::2].double()).float()
+        odd = (odd.double() + a[:, 2 * k + 1, None].double() * b[k, 1::2].double()).float()
+    true = c + (even + odd)
+    in_order = c.clone()
+    for k in range(32):
+        in_order += a[:, k, None].float() * b[k // 2, k % 2 :: 2].float()
+    emulated.attention_tile_dot(*(ctypes.c_void_p(x.data_ptr()) for x in (a, b, c)))
+    assert torch.equal(c, true) and not torch.equal(c, in_order)
+
+
+def test_the_emulated_unit_takes_denormals_for_zeros(emulated):
+    a, b, c = torch.zeros(16, 32).bfloat16(), torch.zeros(16, 32).bfloat16(), torch.zeros(16, 16)
+    a[0, 0], b[0, 0] = 2.0**-130, 2.0**100  # an input below the normal numbers
+    a[1, 0], b[0, 2] = 2.0**-100, 2.0**-30  # a product below them
+    a[2, 0], b[0, 4], c[2, 2] = 2.0**-10, 1.0, 2.0**-140  # so is what was there
+    c[3, 3] = -(2.0**-140)
+    emulated.attention_tile_dot(*(ctypes.c_void_p(x.data_ptr()) for x in (a, b, c)))
+    assert c[0, 0] == 0 and c[1, 1] == 0 and c[2, 2] == 2.0**-10 and c[3, 3] == 0
 
 
 # ------------------------------------------------------------------------------------------- as a part of attention

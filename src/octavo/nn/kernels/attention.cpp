@@ -19,6 +19,10 @@
 #include <vector>
 
 #include "tiles_vector.h"
+#if defined(OCTAVO_EMULATED_TILES) || (defined(__AMX_TILE__) && defined(__AMX_BF16__))
+#define OCTAVO_TILES
+#include "tiles_amx.h"
+#endif
 
 namespace octavo {
 namespace {
@@ -113,7 +117,8 @@ bool forward(const Call& call, Tensor<const X> q, Tensor<const X> k, Tensor<cons
   return run<Unit>(call.threads, B * G * cut, bytes, 0, [&](Arena& arena, char*, int64_t task) {
     const int64_t b = task / cut / G, g = task / cut % G, part = task % cut;
     const Ranges ranges(arena, call.row(b), T, padded);
-    const int64_t start = ranges.begin(part * L, grain), stop = std::min((blocks - 1 - (blocks - 1 - part) % cut + 1) * L, padded);
+    const int64_t last = blocks - 1 - (blocks - 1 - part) % cut;  // every cut-th block of queries, from part on
+    const int64_t start = ranges.begin(part * L, grain), stop = std::min((last + 1) * L, padded);
     typename Unit::Forward f(arena, K, D, start, padded);
     f.keys(ranges, k.head(b, g), v.head(b, g), stop);
     Stripe stripe[Unit::kMaxStripes];
@@ -146,7 +151,8 @@ bool backward(const Call& call, Tensor<const X> grad, Tensor<const X> q, Tensor<
   const int64_t sums_bytes = Arena::bytes<float>(D * L), n_sums = split ? B * H * query_blocks : 0;
   const int64_t bytes = Ranges::bytes(padded) + Unit::Backward::bytes(D, std::min(span * KB, padded)) + sums_bytes;
   const std::unique_ptr<std::atomic<int64_t>[]> counts(new std::atomic<int64_t>[size_t(n_sums)]());
-  return run<Unit>(call.threads, B * G * cut, bytes, n_sums * sums_bytes, [&](Arena& arena, char* common, int64_t task) {
+  const int64_t tasks = B * G * cut, common_bytes = n_sums * sums_bytes;
+  return run<Unit>(call.threads, tasks, bytes, common_bytes, [&](Arena& arena, char* common, int64_t task) {
     const int64_t b = task / cut / G, g = task / cut % G, kb0 = task % cut * span, kb1 = kb0 + span;
     const Ranges ranges(arena, call.row(b), T, padded);
     const int64_t base = kb0 * KB, stop = std::min(kb1 * KB, padded);
@@ -197,6 +203,8 @@ template <class Unit> bool backward(const Call& call, const int64_t* s, void* co
                         {tensor<X>(p[6], s + 15), tensor<X>(p[7], s + 18), tensor<X>(p[8], s + 21)});
 }
 
+bool tiles = false;  // whether bf16 runs on them
+
 Call call_of(const int64_t* shape, float scale, int threads, const int32_t* first) {
   return {{shape[0], shape[1], shape[2], shape[3], shape[4]}, scale, std::max(threads, 1), first};
 }
@@ -210,7 +218,13 @@ extern "C" {
 void attention_init(void* parallel) {
   octavo::pool = reinterpret_cast<octavo::Parallel>(parallel);
   pthread_atfork(nullptr, nullptr, octavo::forget_pool);
+#if defined(OCTAVO_TILES)
+  octavo::tiles = octavo::tiles_granted();
+#endif
 }
+
+// Whether bf16 is computed on AMX tiles, real or emulated.
+int attention_tiles() { return octavo::tiles; }
 
 // shape = {B, H, G, T, K}. strides: three (batch, head, time) per tensor in the order of the pointers, in elements,
 // lse left out, which is contiguous (B, H, T); the last axis of every tensor is contiguous. bits: 32 for fp32, 16 for
@@ -220,6 +234,9 @@ int attention_forward(const int64_t* shape, const int64_t* strides, float scale,
                       const int32_t* first, void* const* pointers) {
   using namespace octavo;
   const Call call = call_of(shape, scale, threads, first);
+#if defined(OCTAVO_TILES)
+  if (bits == 16 && tiles) return !forward<AmxUnit>(call, strides, pointers);
+#endif
   return bits == 32 ? !forward<VectorUnit<float>>(call, strides, pointers)
                     : !forward<VectorUnit<bf16>>(call, strides, pointers);
 }
@@ -229,7 +246,22 @@ int attention_backward(const int64_t* shape, const int64_t* strides, float scale
                        const int32_t* first, void* const* pointers) {
   using namespace octavo;
   const Call call = call_of(shape, scale, threads, first);
+#if defined(OCTAVO_TILES)
+  if (bits == 16 && tiles) return !backward<AmxUnit>(call, strides, pointers);
+#endif
   return bits == 32 ? !backward<VectorUnit<float>>(call, strides, pointers)
                     : !backward<VectorUnit<bf16>>(call, strides, pointers);
 }
+
+#if defined(OCTAVO_EMULATED_TILES)
+// c (16 x 16, fp32) += a (16 x 32, bf16) b (16 x 16 pairs of bf16), on the emulated unit, for its own test.
+void attention_tile_dot(const octavo::bf16* a, const octavo::bf16* b, float* c) {
+  const octavo::TileScope scope;
+  TILE_LOAD(0, c, 64);
+  TILE_LOAD(1, a, 64);
+  TILE_LOAD(2, b, 64);
+  TILE_DOT(0, 1, 2);
+  TILE_STORE(0, c, 64);
+}
+#endif
 }
