@@ -32,7 +32,7 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 TIMINGS = ("seconds", "tokens_per_second", "mfu")
 STAGES = ("data", "tokenizer", "pretrain", "tune")
-STEPS, SAVE_EVERY = 100, 25
+STEPS, SAVE_EVERY = 60, 10
 
 
 @dataclass
@@ -114,7 +114,7 @@ def train(folder: Path) -> None:
     )
     config = TrainConfig.model_validate(
         {"steps": STEPS, "precision": "fp32", "compile": "off", "threads": 1, "log_every": 1, "save_every": SAVE_EVERY,
-         "valid_every": 40, "sample_every": 60, "micro_batch_rows": 2, "schedule": {"kind": "cosine", "warmup": 10}}
+         "valid_every": 20, "sample_every": 30, "micro_batch_rows": 2, "schedule": {"kind": "cosine", "warmup": 10}}
     )  # fmt: skip
     run = RunFolder(folder)
     with run.lock():
@@ -139,8 +139,9 @@ def preload() -> None:
     import octavo.models.decoder
     import octavo.run
     import octavo.training.loop
-    import octavo.training.progress  # noqa: F401
+    import octavo.training.progress
 
+    octavo.training.progress.Console("quiet")  # imports what it draws with
     torch.set_num_threads(1)
 
 
@@ -209,8 +210,8 @@ def kill_the_loop(n_kills: int, seed: int, work: Path) -> Result:
         failed = len(result.failures)
         while True:
             child = start(folder)
-            # Soon enough that a run is killed several times, late enough that it comes to an end.
-            moment = 0.7 * longest * chance.random() if result.kills < n_kills else None
+            # Soon enough that a run is killed several times, late enough that it comes to the next save.
+            moment = 0.6 * longest * chance.random() if result.kills < n_kills else None
             code = wait(child, moment)
             if code is not None:
                 break

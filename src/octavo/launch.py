@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from octavo.config import Recipe, apply_overrides
 from octavo.errors import ConfigError
 from octavo.pipeline import Pipeline
+from octavo.plan import compiling_pays
 from octavo.run import RunFolder
 from octavo.stop import StopSignal
 from octavo.training.machine import has_device, resolve, set_threads, tune_allocator
@@ -31,7 +33,10 @@ def freeze(recipe: Recipe, existing: Mapping[str, Any] | None) -> tuple[Recipe, 
             for key, auto in (("precision", "auto"), ("compile", "auto"), ("attention", "auto"), ("threads", None))
             if getattr(section, key) == auto and before.get(key) not in (None, auto)
         }
-        section, new = resolve(section.model_copy(update=known))
+        section = section.model_copy(update=known)
+        if section.compile == "auto" and not compiling_pays(recipe, "pretrain" if name == "train" else name):
+            section = section.model_copy(update={"compile": "off"})
+        section, new = resolve(section)
         notices += [line for line in new if line not in notices]
         changes[name] = section
     return recipe.model_copy(update=changes), notices
@@ -46,6 +51,7 @@ def run(
     allow: Sequence[str] = (),
     console: Console | None = None,
     workers: int | None = None,
+    stop: StopSignal | None = None,
 ) -> RunFolder:
     """Run a recipe from raw text to a model, or go on with it.
 
@@ -57,6 +63,7 @@ def run(
         allow: keys that may differ from what the folder was begun with.
         console: where progress is shown.
         workers: processes for data preparation; default: the cores.
+        stop: what asks to stop, already listening; default: one for the time of this call.
 
     Returns:
         The run folder; ``octavo.load`` opens its model.
@@ -70,7 +77,11 @@ def run(
         recipe = Recipe.parse(apply_overrides(recipe.plain(), overrides))
     folder = RunFolder(out if out is not None else Path("runs") / recipe.name)
     console = console or Console()
-    with StopSignal(max_time, notify=console.warn) as stop, folder.lock():
+    listening = nullcontext(stop) if stop is not None else StopSignal(max_time)
+    with listening as stop, folder.lock():
+        stop.notify = console.warn
+        if folder.killed:
+            console.note(f"{folder.killed} did not end by itself (killed, or out of memory or power); going on")
         try:
             tune_allocator()
             recipe, notices = freeze(recipe, folder.read_recipe())

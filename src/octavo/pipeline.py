@@ -21,6 +21,7 @@ from octavo.config import ChatData, Pretrained, Recipe, TuneConfig
 from octavo.data import chat, prepare
 from octavo.data.pack import StreamRows
 from octavo.data.shards import Shards, write_shards
+from octavo.data.vocabulary import learn
 from octavo.errors import CheckpointError, ConfigError, DataError, StopRequested
 from octavo.eval.answers import Question, greedy
 from octavo.eval.runner import evaluate, summary
@@ -183,10 +184,12 @@ class Pipeline:
         recipe, data = self.recipe, self.folder.path / "data"
         if isinstance(recipe.model, Pretrained.Config):
             tokenizer = Tokenizer.load(find_model(recipe.model.path))
+            tokenizer.save(target)
+        elif recipe.data is None:
+            tokenizer = train_tokenizer(recipe.tokenizer, ())
+            tokenizer.save(target)
         else:
-            texts: Iterator[str] = prepare.iter_texts(data, "train") if recipe.data is not None else iter(())
-            tokenizer = train_tokenizer(recipe.tokenizer, self._stoppable(texts, "while reading text"))
-        tokenizer.save(target)
+            tokenizer = learn(recipe.tokenizer, data, target, lambda: self.stop.check("while training the tokenizer"))
         pretrained = isinstance(recipe.model, Pretrained.Config)
         kind = "the model's own" if pretrained else recipe.tokenizer.kind
         self.console.note(f"{kind}, {tokenizer.vocab_size:,} entries")

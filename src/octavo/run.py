@@ -70,11 +70,13 @@ class RunFolder:
     Attributes:
         path: the folder.
         id: this process's name for its unfinished files, unlike that of any other process.
+        killed: the owner before, if it had no time to give the folder up; known once the lock is held.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self.id = f"{os.getpid()}-{secrets.token_hex(4)}"
+        self.killed = ""
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path} is a file, not a run folder", fix="give another name to the run")
 
@@ -148,6 +150,7 @@ class RunFolder:
             ) from None
         _held.add(descriptor)
         try:
+            self.killed = _named(descriptor)
             started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
             owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": started})
             os.ftruncate(descriptor, 0)
@@ -399,11 +402,18 @@ if hasattr(os, "register_at_fork"):
 def _owner(descriptor: int) -> str:
     """Who holds the lock; the owner writes its name just after it has the lock, so wait a moment for it."""
     for _ in range(20):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            owner = json.loads(os.pread(descriptor, 4096, 0))
-            return f"process {owner['pid']} on {owner['host']} since {owner['started']}"
+        if owner := _named(descriptor):
+            return owner
         time.sleep(0.01)
     return "another process"
+
+
+def _named(descriptor: int) -> str:
+    """Whose name stands in the lock file."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        owner = json.loads(os.pread(descriptor, 4096, 0))
+        return f"process {owner['pid']} on {owner['host']} since {owner['started']}"
+    return ""
 
 
 def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str]]:

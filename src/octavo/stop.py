@@ -60,7 +60,7 @@ class StopSignal:
 
     Args:
         max_time: the time limit from now, as ``parse_duration`` reads it; None for none.
-        notify: is given one line for the user when a signal arrives; the default writes to stderr.
+        notify: is given one line for the user when a signal arrives; the default writes to stderr. It may be changed.
         clock: seconds from any fixed moment.
     """
 
@@ -72,7 +72,7 @@ class StopSignal:
         clock: Callable[[], float] = time.monotonic,
     ):
         self._clock = clock
-        self._notify = notify or _to_stderr
+        self.notify = notify or _to_stderr
         self._limit = max_time
         self._deadline = None if max_time is None else clock() + parse_duration(max_time)
         self._signal = ""
@@ -155,7 +155,7 @@ class StopSignal:
         self._signal = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         line = f"{self._signal}: stopping after this step. Ctrl-C within 5 seconds stops at once."
         try:
-            self._notify(line)
+            self.notify(line)
         except RuntimeError:  # it writes to the buffered stream whose write this signal interrupted
             _to_stderr(line)
         if self._at_once:

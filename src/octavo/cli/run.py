@@ -30,20 +30,28 @@ def perform(
     sections: tuple[str, ...] | None = None,
 ) -> Path:
     """Run ``recipe`` (only some ``sections`` of it if given) and return the run folder."""
-    from octavo.cli.main import log_to
-    from octavo.config import Recipe
-    from octavo.launch import run
-    from octavo.training.progress import Console
+    from octavo.stop import StopSignal
 
-    loaded = Recipe.load(recipe, overrides or [])
-    if sections is not None:
-        dropped = {name: None for name in ("train", "tune", "eval") if name not in sections}
-        loaded = Recipe.parse(loaded.plain() | dropped, recipe)
-    folder = out if out is not None else Path("runs") / loaded.name
-    if folder.is_dir():
-        log_to(folder / "log")
-    console = Console("quiet" if quiet else "auto")
-    return run(loaded, out=folder, max_time=max_time, allow=allow or (), console=console, workers=workers).path
+    with StopSignal(max_time) as stop:  # before the imports, which take seconds
+        from octavo.cli.main import log_to
+        from octavo.config import Recipe
+        from octavo.errors import LockedError
+        from octavo.launch import run
+        from octavo.training.progress import Console
+
+        loaded = Recipe.load(recipe, overrides or [])
+        if sections is not None:
+            dropped = {name: None for name in ("train", "tune", "eval") if name not in sections}
+            loaded = Recipe.parse(loaded.plain() | dropped, recipe)
+        folder = out if out is not None else Path("runs") / loaded.name
+        if folder.is_dir():
+            log_to(folder / "log")
+        console = Console("quiet" if quiet else "auto")
+        try:
+            return run(loaded, out=folder, allow=allow or (), console=console, workers=workers, stop=stop).path
+        except LockedError:
+            log_to(None)  # the log is the other's
+            raise
 
 
 @app.command(epilog="Example:  octavo quickstart     octavo run pretrain 'data.sources=[\"my/**/*.txt\"]'")

@@ -31,15 +31,15 @@ def cpu_count() -> int:
 
 
 class _Worker:
-    def __init__(self) -> None:
+    def __init__(self, threads: int = 1) -> None:
         ours, theirs = socket.socketpair()
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
             "OMP_NUM_THREADS": "1",
-            "RAYON_NUM_THREADS": "1",
-            "FASTOKENS_BPE_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false",
+            "RAYON_NUM_THREADS": str(threads),
+            "FASTOKENS_BPE_THREADS": str(threads),
+            "TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false",
         }
         command = [sys.executable, "-m", "octavo.data.workers", str(theirs.fileno())]
         self.process = subprocess.Popen(
@@ -69,13 +69,43 @@ class _Worker:
     def _died(self) -> ResourceError:
         code = self.process.wait()
         how = f"was killed by signal {-code}" if code < 0 else f"left with exit code {code}"
-        fix = "use fewer workers; signal 9 most often means that memory ran out"
-        return ResourceError(f"a data worker process {how}", fix=fix, kept="every finished part")
+        if code == -signal.SIGKILL:
+            how += f", likely out of memory ({_peak_of_children()})"
+        return ResourceError(f"a data worker process {how}", fix="use fewer workers", kept="every finished part")
 
     def stop(self) -> None:
         self.connection.close()
         self.process.kill()
         self.process.wait()
+
+
+def _peak_of_children() -> str:
+    """``peak 21.0 of 24.0 GiB``, of the largest child so far."""
+    import resource  # not on native Windows, which is refused earlier
+
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f"peak {peak / 2**30:.1f} of {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
+
+
+def elsewhere(function: Callable[..., Any], *arguments: Any, check: Callable[[], None], threads: int = 1) -> Any:
+    """``function(*arguments)`` in a process of its own, which is ended if ``check`` raises: for calls into libraries
+    that hear no signal.
+
+    Args:
+        function: as for ``ordered_map``.
+        check: asked again and again while it runs.
+
+    Raises:
+        ResourceError: the process died.
+    """
+    worker = _Worker(threads)
+    try:
+        worker.send(0, function, arguments)
+        while not wait([worker.connection], 0.05):
+            check()
+        return worker.receive()
+    finally:
+        worker.stop()
 
 
 def ordered_map(
