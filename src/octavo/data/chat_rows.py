@@ -14,6 +14,7 @@ from octavo.data.opening import BLOCK_BYTES, reading
 
 SUFFIXES = (".jsonl", ".ndjson", ".json")
 SPACE = " \t\r\n"
+MORE_BYTES = 16 * BLOCK_BYTES
 
 
 def rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -118,4 +119,4 @@ def _value(text: _Text) -> Any:
             raise BadRow(f"row is not JSON: {str(error).split(';')[0]}") from None
         if len(text.text) - text.at > readers.MAX_ROW_BYTES:
             raise _too_long()
-        text.more(max(BLOCK_BYTES, len(text.text) - text.at))
+        text.more(min(max(BLOCK_BYTES, len(text.text) - text.at), MORE_BYTES))
