@@ -310,8 +310,9 @@ def to_plain(rows: Sequence[Row], noun: str, *, with_ids: bool = False) -> str:
 
 def _plain_line(line: Sequence[Bit]) -> str:
     out = []
-    for state, run in groupby(line, key=lambda bit: bit.state):
-        opened, closed = MARKS[state]
+    for _, run in groupby(line, key=lambda bit: bit.state):
+        run = list(run)
+        opened, closed = MARKS[run[0].state]
         text = "".join(SPECIAL_MARKS[0] + bit.text + SPECIAL_MARKS[1] if bit.special else bit.text for bit in run)
         out.append(opened + text + closed)
     return "".join(out)
