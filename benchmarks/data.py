@@ -123,7 +123,7 @@ def encoding(texts: dict[str, list[str]], folders: list[str], rounds: int) -> bo
     for _ in range(rounds):
         for name, source in cases:
             tokenizer = Tokenizer.load(folder) if (folder := _folder(name, folders)) else _anew(made[name])
-            tokenizer.encode_batch(["The encoder is made at the first call."])
+            assert tokenizer.encoder  # looked for and made
             copies = [text[:1] + text[1:] for text in texts[source]]  # str keeps its UTF-8 once it was asked for
             first[name, source].add(lambda: tokenizer.encode_batch(copies))  # noqa: B023
             again[name, source].add(lambda: tokenizer.encode_batch(copies))  # noqa: B023

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from octavo.tokenizer.chat import Rendered
 
 MAX_IDS = 1 << 24  # ten times the largest vocabulary in use: more is a damaged or hostile file
+WORTH_FASTER = 1 << 17  # characters: fewer are encoded before a faster encoder is made
 MAX_HOLES = 1 << 16  # ids without a token that a vocabulary may have beside one for each token
 
 
@@ -141,9 +142,10 @@ class Tokenizer:
         See :attr:`encoder` for what it runs on.
         """
         texts = list(texts)
-        if self._faster[0] is not None:
-            with contextlib.suppress(Exception):  # what it refuses, the usual encoder takes or refuses in words
-                return self._faster[0](texts)
+        with contextlib.suppress(Exception):  # what it refuses, the usual encoder takes or refuses in words
+            if "_faster" in self.__dict__ or sum(map(len, texts)) >= WORTH_FASTER:
+                if (encode := self._faster[0]) is not None:
+                    return encode(texts)
         return self._encode_all(texts)
 
     def _encode_all(self, texts: list[str]) -> list[np.ndarray]:
@@ -259,7 +261,7 @@ class Tokenizer:
     def hash(self) -> str:
         """SHA-256 over vocabulary, merges and specials, in a canonical form: equal for equal tokenizers."""
         model = self._spec["model"]
-        merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model.get("merges", [])]
+        merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model.get("merges") or []]
         scores = [score for _, score in model["vocab"]] if isinstance(model["vocab"], list) else []
         content = [list(self.tokens), merges, scores, sorted(self.special_ids), _as_dict(self.special)]
         return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode("utf-8")).hexdigest()
@@ -406,7 +408,7 @@ def _twin(spec: Mapping[str, Any], names: Mapping[str, str]) -> str:
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
     if "merges" in model:
-        pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
+        pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"] or [])
         model["merges"] = [[a, b] for a, b in pairs if not {a, b, a + b} & names.keys()]
     added = []
     for token in spec["added_tokens"]:

@@ -13,6 +13,7 @@ from tokenizer_texts import CODE, PROSE, TEXTS, trained
 
 from octavo.errors import DataError
 from octavo.tokenizer import ByteBPE, Tokenizer, fast, train
+from octavo.tokenizer.core import WORTH_FASTER
 from octavo.tokenizer.train import split_pattern
 
 SCANNED = ("byte_bpe", "byte_bpe-gpt2", "byte_bpe-llama3")
@@ -85,6 +86,7 @@ def random_text(rng: random.Random) -> str:
 
 
 def assert_same(tokenizer: Tokenizer, texts: list[str]) -> None:
+    assert tokenizer.encoder  # looked for, however small the texts are
     for text, ours, theirs in zip(texts, tokenizer.encode_batch(texts), tokenizer._encode_all(texts), strict=True):
         assert ours.dtype == theirs.dtype == np.int32
         assert ours.tolist() == theirs.tolist(), text[:200]
@@ -212,8 +214,20 @@ def test_what_it_fails_at_later_is_encoded_as_usual(monkeypatch):
     assert_same(tokenizer, ["a boom", "b"])
 
 
+def test_a_faster_encoder_is_made_when_it_is_worth_it(monkeypatch):
+    asked = []
+    tokenizer = pretend(monkeypatch, lambda ids, text: asked.append(text) or ids)
+    tokenizer.encode_batch(["small"] * 100)
+    assert not asked
+    tokenizer.encode_batch(["large " * (WORTH_FASTER // 6 + 1)])
+    assert asked[-1].startswith("large")
+    tokenizer.encode_batch(["small"])
+    assert asked[-1] == "small"
+
+
 def test_a_text_that_is_none_is_refused_in_words(scanned):
     for tokenizer in scanned.values():
+        assert tokenizer.encoder
         with pytest.raises(DataError, match=r"U\+D800"):
             tokenizer.encode_batch(["fine", "a\ud800b"])
         with pytest.raises(DataError, match="must be a string"):
