@@ -121,6 +121,8 @@ class _Hub:
 
     def __init__(self, repository: str, revision: str | None, target: Path):
         self.repository, self.revision, self.target = repository, revision, target
+        # Read when the library is imported: nothing but the model is asked for, and nobody is told who asks.
+        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
         self.endpoint = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
         self.commit = revision or "main"
 

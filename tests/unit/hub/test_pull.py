@@ -207,6 +207,7 @@ def test_a_killed_pull_goes_on(hub, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     hub.pause.set()
+    assert all(path.startswith(("/api/models/org/tiny", "/org/tiny/resolve/")) for path, _ in hub.asked), hub.asked
     hub.breaks.clear()
     hub.asked.clear()
     folder = pull("org/tiny")
