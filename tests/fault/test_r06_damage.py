@@ -232,6 +232,20 @@ def test_files_that_are_missing_extra_swapped_or_not_plain_are_found(step, tmp_p
     record("R6", n, failures, what="files missing, extra, swapped or not plain")
 
 
+@pytest.mark.parametrize("find", [checkpoint.newest, checkpoint.recover])
+def test_a_folder_of_damaged_steps_is_never_a_start_from_nothing(step, record, find):
+    tensors, state = checkpoint.load(step)
+    checkpoint.save(step.parent, 200, tensors, state, run_id="r")
+    (step / "optimizer.safetensors").unlink()
+    (step.parent / "step-00000200" / "state.json").write_bytes(b"{}")
+    with pytest.raises(CheckpointError) as caught:
+        find(step.parent)
+    assert caught.value.exit_code == 4 and "step-00000200/state.json: 2 bytes" in caught.value.what
+    assert "step-00000100/optimizer.safetensors: missing" in caught.value.what and caught.value.kept
+    assert [path.name for path in sorted(step.parent.iterdir())] == ["step-00000100", "step-00000200"]
+    record("R6", 1, 0, what="all steps damaged")
+
+
 def test_a_step_under_another_number_or_with_another_manifest_is_found(step, tmp_path, record):
     renamed = step.with_name("step-00000900")
     step.rename(renamed)
