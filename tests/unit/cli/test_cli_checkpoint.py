@@ -1,6 +1,8 @@
 """``octavo checkpoint check``: each step and file on a line, each bad file named, nothing touched."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -94,3 +96,9 @@ def test_it_changes_nothing_and_a_wrong_path_is_said(run, tmp_path, capsys):
     ):
         assert main(["checkpoint", "check", str(path)]) == 4
         assert said in capsys.readouterr().err
+
+
+def test_looking_needs_no_torch(run):
+    code = f"import sys; from octavo.cli.main import main; sys.exit(main(['checkpoint', 'check', {str(run)!r}]) or "
+    code += "'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True).returncode == 0
