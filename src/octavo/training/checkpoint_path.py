@@ -61,7 +61,7 @@ def refuse_foreign(given: str | os.PathLike[str]) -> None:
         if file.suffix in PICKLE_SUFFIXES or _starts_like_pickle(file):
             raise CheckpointError(
                 f"{file} is a pickle, and unpickling can run code; only safetensors are read",
-                fix=f"octavo convert --from-pickle {file} FOLDER writes a model as safetensors, in a process with limits",
+                fix=f"octavo convert --from-pickle {file} FOLDER makes a model safetensors, in a process with limits",
                 kept="it was not opened as a pickle",
             )
     if not path.is_dir():
