@@ -35,7 +35,8 @@ class StateField:
 
     def n_bytes(self, max_tokens: int, dtype: torch.dtype) -> int:
         """Bytes of one row of this field when up to ``max_tokens`` tokens are held."""
-        entries = {"token": max_tokens, "row": 1}.get(self.kind, self.length or 0)
+        length = self.length or 0
+        entries = {"token": max_tokens, "row": 1, "ring": min(length, max_tokens)}.get(self.kind, length)
         return entries * prod(self.shape) * (self.dtype or dtype).itemsize
 
 
@@ -253,13 +254,16 @@ class _ContiguousLayer(LayerState):
         for name, field in spec.items():
             entries = {"token": (owner.max_tokens + 1,), "row": ()}.get(field.kind)
             if entries is None:
-                entries = ((field.length or 0) + (field.kind == "ring"),)
+                # A ring that is longer than the row can become would only be kept empty.
+                length = field.length or 0
+                entries = (min(length, owner.max_tokens) + 1,) if field.kind == "ring" else (length,)
             shape = (rows, *entries, *field.shape)
             self.buffers[name] = torch.zeros(shape, dtype=field.dtype or dtype, device=device)
         rings = {field.length for field in spec.values() if field.kind == "ring"}
         if rings:  # which slot each ring entry holds, and its document
             (length,) = rings
-            self.buffers["_slots"] = torch.full((rows, (length or 0) + 1), -1, dtype=torch.long, device=device)
+            entries = min(length or 0, owner.max_tokens) + 1
+            self.buffers["_slots"] = torch.full((rows, entries), -1, dtype=torch.long, device=device)
             self.buffers["_docs"] = torch.full_like(self.buffers["_slots"], -1)
 
     def append(self, ctx: Context, **new: Tensor) -> tuple[Keys, dict[str, Tensor]]:

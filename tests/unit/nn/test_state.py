@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from octavo.errors import ResourceError
+from octavo.models.decoder import Decoder, build
 from octavo.nn.contracts import Inputs
 from octavo.nn.state import ContiguousState, StateField, place
 
@@ -108,3 +109,20 @@ def test_row_fields_are_replaced_and_snapshots_are_copies():
     assert (layer.read("h") == 1).all()
     state.restore(saved)
     assert (layer.read("h") == 0).all()
+
+
+def test_a_ring_is_never_longer_than_the_row_can_become():
+    window = {"mixer": {"kind": "attention", "n_heads": 2, "window": 1000}}
+    made = build(Decoder.Config.model_validate(
+        {"d_model": 8, "n_layers": 1, "vocab_size": 13, "max_seq_len": 2000, "blocks": {"block": window}}
+    )).eval()  # fmt: skip
+    state = made.new_state(1, 6)
+    ids = torch.randint(13, (1, 6))
+    with torch.inference_mode():
+        whole = made(Inputs(ids)).logits
+        found = torch.cat([made(Inputs(ids[:, i : i + 1]), state=state).logits for i in range(6)], 1)
+    torch.testing.assert_close(found, whole)
+    assert state.layers["0.mixer"].buffers["k"].shape[1] == 7
+    assert state.payload_bytes == sum(
+        f.n_bytes(6, torch.float32) for s in made.state_specs().values() for f in s.values()
+    )
