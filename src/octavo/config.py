@@ -21,12 +21,16 @@ from pydantic import Field, ValidationError, model_validator
 from octavo.data.chat import ChatConfig
 from octavo.data.facts import FactsConfig
 from octavo.data.prepare import DataConfig
-from octavo.errors import ConfigError, ConfigErrors, did_you_mean
+from octavo.errors import ConfigError, ConfigErrors, did_you_mean, nearest
 from octavo.eval.runner import EvalConfig
 from octavo.models.decoder import MODELS, Decoder
 from octavo.schema import Config, one_of
 from octavo.tokenizer.config import ByteBPE, TokenizerConfig
 from octavo.training.settings import TrainConfig
+
+MAX_BYTES, MAX_ENTRIES, MAX_DEPTH, MAX_DIGITS = 1 << 18, 20_000, 50, 300
+# What PyYAML raises, of its own and by accident, where a tag stands before what it cannot be.
+YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
 
 
 class Pretrained:
@@ -147,9 +151,12 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":int"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$|^[-+]?0x[0-9a-fA-F_]+$"), "-+0123456789"
+)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), "tTfF")
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -158,8 +165,19 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)
+def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = loader.construct_scalar(node).replace("_", "")
+    if len(text) > MAX_DIGITS:
+        raise yaml.MarkedYAMLError(problem=f"a number of {len(text)} digits", problem_mark=node.start_mark)
+    return int(text, 16) if "x" in text else int(text)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+
+
+def _parse_yaml(text: str) -> tuple[Any, dict[tuple[Any, ...], str | int]]:
+    lines = _lines(yaml.compose(text, Loader=_Loader))  # refuses what would grow without end, before it is built
+    return yaml.load(text, Loader=_Loader), lines
 
 
 def _read_yaml(text: str, where: str) -> tuple[Any, dict[tuple[Any, ...], str | int]]:
@@ -170,9 +188,8 @@ def _read_yaml(text: str, where: str) -> tuple[Any, dict[tuple[Any, ...], str | 
             make it endless.
     """
     try:
-        lines = _lines(yaml.compose(text, Loader=_Loader))
-        return _parse_yaml(text), lines
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        return _parse_yaml(text)
+    except YAML_ERRORS as error:
         mark = getattr(error, "problem_mark", None)
         why = " ".join(str(getattr(error, "problem", None) or error).split())
         line = f"{where}:{mark.line + 1}" if mark else where
@@ -190,11 +207,22 @@ def _read(name_or_path: str | Path) -> tuple[str, str]:
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or _is_file(path):
         try:
+            if path.exists() and not path.is_file():
+                raise ConfigError(f"recipe {name} is not a file", fix="check the path")
+            if (size := path.stat().st_size) > MAX_BYTES:
+                raise ConfigError(f"recipe {name} has {size:,} bytes, more than {MAX_BYTES:,}", fix="check the path")
             return path.read_text(encoding="utf-8"), name
         except OSError as error:
             raise ConfigError(f"recipe {name} cannot be read: {error.strerror}", fix="check the path") from None
-        except UnicodeDecodeError:
-            raise ConfigError(f"recipe {name} is not UTF-8 text", fix="save it as UTF-8") from None
+        except UnicodeDecodeError as error:
+            byte, at = error.object[error.start], error.start
+            line = error.object.count(b"\n", 0, at) + 1
+            raise ConfigError(
+                f"recipe {name} is not UTF-8 text: byte 0x{byte:02X} at {at:,}", where=f"{name}:{line}",
+                fix="save it as UTF-8",
+            ) from None  # fmt: skip
+        except ValueError as error:  # a name that no file can have
+            raise ConfigError(f"recipe {name} cannot be read: {error}", fix="check the path") from None
     if name not in names():
         raise ConfigError(f"there is no recipe `{name}`", fix=did_you_mean(name, names(), thing="recipe"))
     return (resources.files("octavo") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"), f"{name}.yaml"
@@ -216,17 +244,18 @@ def apply_overrides(
     for text in overrides:
         key, equals, value = text.partition("=")
         path = key.strip().split(".")
-        if not equals or not all(path):
-            errors.append(ConfigError(f"override {text!r} is not KEY=VALUE", fix="write it like train.steps=500"))
+        if not equals or not all(path) or len(path) > MAX_DEPTH:
+            shown = _shown(text)
+            errors.append(ConfigError(f"override {shown} is not KEY=VALUE", fix="write it like train.steps=500"))
             continue
         try:
-            parsed = _parse_yaml(value)
-        except (yaml.YAMLError, ValueError, RecursionError):
-            errors.append(ConfigError(f"override {text!r}: the value is not YAML", fix="put quotes around it"))
+            parsed, _ = _parse_yaml(value)
+        except YAML_ERRORS:
+            errors.append(ConfigError(f"override {_shown(text)}: the value is not YAML", fix="put quotes around it"))
             continue
         problem = _set(result, path, parsed)
         if problem:
-            errors.append(ConfigError(f"override {text!r}: {problem}", fix="check the key with `octavo schema`"))
+            errors.append(ConfigError(f"override {_shown(text)}: {problem}", fix="check the key with `octavo schema`"))
         elif lines is not None:
             new = [tuple(path[:n]) for n in range(1, len(path) + 1)]
             lines |= {key: "command line" for key in new if key not in lines or key == tuple(path)}
@@ -240,7 +269,7 @@ def _set(raw: Any, path: Sequence[str], value: Any) -> str:
     for depth, part in enumerate(path):
         last = depth == len(path) - 1
         if isinstance(raw, list):
-            if not part.isdigit() or int(part) >= len(raw):
+            if not (part.isascii() and part.isdigit() and len(part) < 9 and int(part) < len(raw)):
                 return f"{'.'.join(path[:depth])} is a list of {len(raw)}, {part!r} is no index of it"
             if last:
                 raw[int(part)] = value
@@ -259,9 +288,6 @@ def _set(raw: Any, path: Sequence[str], value: Any) -> str:
 
 
 # ------------------------------------------------------------------------------------------ explaining
-
-
-MAX_ENTRIES, MAX_DEPTH = 100_000, 50
 
 
 def _lines(
@@ -311,8 +337,16 @@ def explain(
             what, fix = f"{'.'.join(map(str, (*path, missing)))} is missing", "give it a value"
         elif kind == "union_tag_not_found":
             what = f"{dotted} has no kind"
-            kinds = [config.model_fields["kind"].default for config in _choices(root, raw, path)[0]]
-            fix = f"add {dotted}.kind, one of {', '.join(map(str, kinds))}"
+            choices = _choices(root, raw, path)[0]
+            known = {name for config in choices for name in config.model_fields}
+            wrong = nearest("kind", [str(name) for name in value if name not in known] if value else ())
+            if wrong:
+                what, fix = f"{dotted}.{_visible(wrong[0])} is not a known key", f"did you mean `{dotted}.kind`?"
+                line = lines.get((*path, wrong[0]), line)
+                place = f"{where}:{line}" if isinstance(line, int) else (line or where)
+            else:
+                kinds = ", ".join(str(config.model_fields["kind"].default) for config in choices)
+                fix = f"add {dotted}.kind, one of {kinds}"
         elif kind in ("union_tag_invalid", "literal_error"):
             expected = problem.get("ctx", {}).get("expected_tags") or problem.get("ctx", {}).get("expected", "")
             options = [part.strip(" '") for part in str(expected).replace(" or ", ", ").split(",") if part.strip(" '")]
