@@ -72,7 +72,8 @@ def build_loops(dtype, context: int) -> dict[str, Callable[[int], object]]:  # t
     size = {"max_position_embeddings": 512, "tie_word_embeddings": True}
     theirs = LlamaForCausalLM(LlamaConfig(
         vocab_size=P26["vocab_size"], hidden_size=P26["d_model"], num_hidden_layers=P26["n_layers"],
-        num_attention_heads=P26["n_heads"], num_key_value_heads=P26["n_kv_heads"], intermediate_size=P26["d_ff"], **size,
+        num_attention_heads=P26["n_heads"], num_key_value_heads=P26["n_kv_heads"],
+        intermediate_size=P26["d_ff"], **size,
     )).eval().to(dtype)  # fmt: skip
     block = {
         "mixer": {"kind": "attention", "n_heads": P26["n_heads"], "n_kv_heads": P26["n_kv_heads"]},

@@ -9,6 +9,10 @@
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "vectors.h"
 
 namespace octavo {
@@ -154,6 +158,20 @@ template <class W> struct Layer {
   W *keys, *values;  // (rows, entries, G, K)
 };
 
+// Asks the system for large pages under n bytes at p, which are read from end to end for every token. Only a wish.
+void use_large_pages(const void* p, int64_t n) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t size = uintptr_t(2) << 20;
+  constexpr int collapse = 25;  // MADV_COLLAPSE, Linux 6.1: at once, not when the system finds the time
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(p) / size * size;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + uintptr_t(n) + size - 1) / size * size;
+  for (uintptr_t at = begin; at < end; at += size) {
+    madvise(reinterpret_cast<void*>(at), size, MADV_HUGEPAGE);
+    madvise(reinterpret_cast<void*>(at), size, collapse);
+  }
+#endif
+}
+
 struct Sizes {
   int64_t D, H, G, K, F, V, n_layers, entries, R, interleaved, activation, rows;
   float eps, head_eps, scale;
@@ -162,6 +180,7 @@ struct Sizes {
 template <class W> class Decoder {
  public:
   Decoder(const Sizes& s, const void* const* p) : s_(s) {
+    use_large_pages(p[2], s.V * s.D * int64_t(sizeof(W)));
     embed_ = static_cast<const W*>(*p++);
     norm_ = static_cast<const W*>(*p++);
     head_ = {static_cast<const W*>(p[0]), static_cast<const W*>(p[1]), s.V};
@@ -172,7 +191,11 @@ template <class W> class Decoder {
       const W** norms[4] = {&l.norm_mixer, &l.norm_channel, &l.q_norm, &l.k_norm};
       for (const W** norm : norms) *norm = static_cast<const W*>(*p++);
       Product<W>* products[7] = {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down};
-      for (int j = 0; j < 7; ++j, p += 2) *products[j] = {static_cast<const W*>(p[0]), static_cast<const W*>(p[1]), wide[j]};
+      const int64_t deep[7] = {s.D, s.D, s.D, s.H * s.K, s.D, s.D, s.F};
+      for (int j = 0; j < 7; ++j, p += 2) {
+        *products[j] = {static_cast<const W*>(p[0]), static_cast<const W*>(p[1]), wide[j]};
+        if (p[0]) use_large_pages(p[0], wide[j] * deep[j] * int64_t(sizeof(W)));
+      }
       layers_.push_back(l);
     }
   }
