@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 HEAD_BYTES = 512
-MAX_LAYERS = 1024  # more than any model has: a larger number is a damaged or hostile file
-MAX_CONTEXT = 1 << 26
 PICKLE = "pickle"
 
 
@@ -70,7 +68,7 @@ def recognise(path: Path) -> str | None:
 
 def is_pickle(path: Path, head: bytes) -> bool:
     """Whether ``torch.save`` or ``pickle.dump`` wrote the file that begins with ``head``."""
-    if head[:2] == b"\x80\x02" or (head[:1] == b"\x80" and head[1:2] in b"\x03\x04\x05" and path.suffix != ".npy"):
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return True
     if head[:4] != b"PK\x03\x04":
         return False

@@ -16,8 +16,9 @@ import numpy as np
 
 from octavo.errors import CheckpointError
 from octavo.hub import vocabulary
-from octavo.hub.formats import MAX_CONTEXT, MAX_LAYERS, Foreign
+from octavo.hub.formats import Foreign
 from octavo.hub.gguf_file import MAGIC, GGUFFile, open_file
+from octavo.hub.limits import MAX_LAYERS, MAX_SIZE, MAX_SIZES
 from octavo.hub.llama2c import half_pairs
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from octavo.tokenizer import Tokenizer
 
+MAX_HEADS = MAX_SIZES["n_heads"]
 GLOBAL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -105,9 +107,9 @@ def _qwen3(settings: Settings) -> dict[str, Any]:
 
 def _gemma2(settings: Settings) -> dict[str, Any]:
     n_layers = settings.count("block_count", MAX_LAYERS)
-    heads, width = settings.count("attention.head_count", 1 << 16), settings.count("embedding_length", 1 << 24)
+    heads, width = settings.count("attention.head_count", MAX_HEADS), settings.count("embedding_length", MAX_SIZE)
     # The file does not say what scores are divided by; llama.cpp knows the 27B model by its number of layers.
-    divisor = width // heads if n_layers == 46 else settings.count("attention.key_length", 1 << 16, width // heads)
+    divisor = width // heads if n_layers == 46 else settings.count("attention.key_length", MAX_HEADS, width // heads)
     return {
         "model_type": "gemma2",
         "hidden_act": "gelu_pytorch_tanh",
@@ -115,7 +117,7 @@ def _gemma2(settings: Settings) -> dict[str, Any]:
         "query_pre_attn_scalar": divisor,
         "attn_logit_softcapping": settings.real("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": settings.real("final_logit_softcapping", 30.0),
-        "sliding_window": settings.count("attention.sliding_window", MAX_CONTEXT, 4096),
+        "sliding_window": settings.count("attention.sliding_window", MAX_SIZES["max_seq_len"], 4096),
     }
 
 
@@ -171,21 +173,21 @@ def _config(settings: Settings, architecture: Architecture) -> dict[str, Any]:
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise _wrong(file, "there is no matrix token_embd.weight")
-    heads, width = settings.count("attention.head_count", 1 << 16), settings.count("embedding_length", 1 << 24)
-    head_dim = settings.count("attention.key_length", 1 << 16, max(width // heads, 1))
+    heads, width = settings.count("attention.head_count", MAX_HEADS), settings.count("embedding_length", MAX_SIZE)
+    head_dim = settings.count("attention.key_length", MAX_HEADS, max(width // heads, 1))
     for key in ("attention.value_length", "rope.dimension_count"):
-        if settings.count(key, 1 << 16, head_dim) != head_dim:
+        if settings.count(key, MAX_HEADS, head_dim) != head_dim:
             raise _wrong(file, f"{prefix}{key} differs from the head width {head_dim}, which is not supported")
     return {
         "vocab_size": embedding.shape[0],
         "hidden_size": width,
         "num_hidden_layers": n_layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": settings.count("attention.head_count_kv", 1 << 16, heads),
+        "num_key_value_heads": settings.count("attention.head_count_kv", MAX_HEADS, heads),
         "head_dim": head_dim,
-        "intermediate_size": settings.count("feed_forward_length", 1 << 24),
+        "intermediate_size": settings.count("feed_forward_length", MAX_SIZE),
         "hidden_act": "silu",
-        "max_position_embeddings": settings.count("context_length", MAX_CONTEXT),
+        "max_position_embeddings": settings.count("context_length", MAX_SIZES["max_seq_len"]),
         "rms_norm_eps": settings.real("attention.layer_norm_rms_epsilon"),
         "rope_theta": settings.real("rope.freq_base", 10000.0),
         "tie_word_embeddings": "output.weight" not in file.tensors,

@@ -17,7 +17,8 @@ import numpy as np
 
 from octavo.errors import CheckpointError
 from octavo.hub import vocabulary
-from octavo.hub.formats import MAX_CONTEXT, MAX_LAYERS, Foreign
+from octavo.hub.formats import Foreign
+from octavo.hub.limits import MAX_LAYERS, MAX_SIZE, MAX_SIZES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,8 +49,8 @@ class Header:
         """Whether a model can have these numbers."""
         counts = (self.dim, self.hidden_dim, self.n_layers, self.n_heads, self.n_kv_heads, self.vocab_size)
         return (
-            all(0 < count < 1 << 24 for count in counts)
-            and 0 < self.seq_len <= MAX_CONTEXT
+            all(0 < count < MAX_SIZE for count in counts)
+            and 0 < self.seq_len <= MAX_SIZES["max_seq_len"]
             and self.n_layers <= MAX_LAYERS
             and self.dim % self.n_heads == 0
             and self.n_heads % self.n_kv_heads == 0

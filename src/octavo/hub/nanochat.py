@@ -8,7 +8,6 @@ bf16; here, as in transformers, they are exact.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from octavo.errors import CheckpointError
 from octavo.hub import vocabulary
 from octavo.hub.family import Entry, Family, activation, hf_activation
-from octavo.hub.formats import MAX_LAYERS, Foreign
+from octavo.hub.formats import Foreign
+from octavo.hub.limits import MAX_LAYERS, MAX_SIZES, read_json
 from octavo.hub.nanogpt import COMPILED
 from octavo.models.decoder import Decoder
 
@@ -184,12 +184,14 @@ def read(path: Path, tensors: Mapping[str, Tensor], tokenizer: Tokenizer | None)
 def _sizes(path: Path) -> dict[str, int]:
     meta = settings_of(path)
     try:
-        sizes = json.loads(meta.read_text(encoding="utf-8"))["model_config"]
+        sizes = read_json(meta)["model_config"]
         extra = sorted(set(sizes) - set(SIZES))
-        wrong = [name for name in SIZES if type(sizes.get(name)) is not int or not 1 <= sizes[name] < 1 << 26]
-    except FileNotFoundError:
-        raise CheckpointError(f"{meta} does not exist", fix="put it beside the model") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        wrong = [
+            name
+            for name in SIZES
+            if type(sizes.get(name)) is not int or not 1 <= sizes[name] <= MAX_SIZES["max_seq_len"]
+        ]
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{meta} holds no model_config: {error!r}", fix="fetch it again") from None
     if extra and (extra != ["window_pattern"] or set(str(sizes["window_pattern"])) != {"L"}):
         raise CheckpointError(

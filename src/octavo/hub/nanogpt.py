@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.errors import CheckpointError
 from octavo.hub import vocabulary
-from octavo.hub.formats import MAX_LAYERS, Foreign
+from octavo.hub.formats import Foreign
+from octavo.hub.limits import MAX_LAYERS, MAX_SIZE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +44,7 @@ def read(path: Path, tree: Mapping[str, Any], tensors: Mapping[str, Tensor], tok
     if unknown := sorted(set(sizes) - set(KNOWN)):
         raise CheckpointError(f"{path} has the settings {', '.join(unknown)}, which nanoGPT has not", fix="retrain")
     for name in SIZES:
-        if type(sizes.get(name)) is not int or not 1 <= sizes[name] < 1 << 24:
+        if type(sizes.get(name)) is not int or not 1 <= sizes[name] < MAX_SIZE:
             raise CheckpointError(f"{path}: {name} = {sizes.get(name)!r} is no size", fix="fetch it again")
     if sizes["n_layer"] > MAX_LAYERS:
         raise CheckpointError(f"{path}: n_layer = {sizes['n_layer']} is not a number of layers", fix="fetch it again")

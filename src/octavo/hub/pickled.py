@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.errors import CheckpointError
 from octavo.hub.formats import Foreign
+from octavo.hub.limits import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,16 +63,11 @@ def read(path: Path, tokenizer: Tokenizer | None = None) -> Foreign:
 def _read_folder(folder: Path, tokenizer: Tokenizer | None) -> Foreign:
     from octavo.tokenizer import Tokenizer
 
+    config, index = read_json(folder / "config.json"), folder / f"{PICKLED_MODEL}.index.json"
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        index = folder / f"{PICKLED_MODEL}.index.json"
-        names = [PICKLED_MODEL]
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no config.json", fix="name the checkpoint itself") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{folder} is damaged: {error!r}", fix="fetch it again") from None
+        names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [PICKLED_MODEL]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is damaged: {error!r}", fix="fetch it again") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{folder / 'config.json'} names no model_type", fix="fetch it again")
     if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from octavo.errors import CheckpointError
+from octavo.hub.limits import read_json
 from octavo.tokenizer import Tokenizer
 from octavo.tokenizer.pieces import byte_alphabet
 
@@ -214,9 +215,7 @@ def load(path: Path, roles: Mapping[str, str] | None = None) -> Tokenizer:
     if path.is_dir() or path.suffix != ".json" or path.name == "tokenizer.json":
         return Tokenizer.load(path)
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ValueError("it is too large")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, MAX_FILE_BYTES)
         if "ranks" in content:
             ranks = {bytes.fromhex(key): int(i) for key, i in content["ranks"].items()}
             return byte_ranks(path, ranks, str(content["pattern"]), dict(content["special"]), roles or {})
@@ -226,7 +225,7 @@ def load(path: Path, roles: Mapping[str, str] | None = None) -> Tokenizer:
         if sorted(ids.values()) != list(range(len(ids))):
             raise ValueError("the ids are not 0, 1, 2 and so on")
         return characters(path, sorted(ids, key=lambda letter: ids[letter]))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} is no vocabulary: {error!r}", fix="give tokenizer.json or a folder") from None
 
 

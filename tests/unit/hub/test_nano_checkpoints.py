@@ -270,7 +270,7 @@ def test_nanochat_settings_and_tokenizer_must_be_there(tmp_path, in_process, cap
         meta.write_text(json.dumps({**good, "model_config": {**good["model_config"], **change}}))
         assert main(command) == 4
         assert said in capsys.readouterr().err
-    for content, said in [("{", "holds no model_config"), ("[]", "holds no model_config"), (None, "does not exist")]:
+    for content, said in [("{", "is not JSON"), ("[]", "holds no model_config"), (None, "does not exist")]:
         meta.write_text(content) if content else meta.unlink()
         assert main(command) == 4
         assert said in capsys.readouterr().err
