@@ -91,7 +91,7 @@ def matmul_peak(dtype: torch.dtype, seconds: float = 0.3) -> float:
     best, end = 0.0, time.perf_counter() + seconds
     with torch.no_grad():
         a @ b
-        while time.perf_counter() < end:
+        while not best or time.perf_counter() < end:  # once at least, however slow the first one was
             start = time.perf_counter()
             a @ b
             best = max(best, 2 * 1024**3 / (time.perf_counter() - start))

@@ -114,6 +114,13 @@ def test_what_was_chosen_stays_and_the_rest_is_decided():
     assert machine.resolve(resolved)[0] == resolved
 
 
+@pytest.mark.skipif(machine.compiler() is None, reason="no C++ compiler")
+def test_attention_is_the_kernel_where_it_can_be_built():
+    resolved, notices = machine.resolve(TrainConfig(compile="off"))
+    assert resolved.attention == "kernel" and not notices
+    assert machine.resolve(TrainConfig(compile="off", device="cuda"))[0].attention == "sdpa"
+
+
 def test_the_peak_is_a_rate_of_this_machine():
     peak = machine.matmul_peak(torch.float32, seconds=0.05)
     assert 1e8 < peak < 1e15

@@ -18,11 +18,10 @@
 #define TILE_LOAD(t, p, stride) _tile_loadd(t, p, stride)
 #define TILE_STORE(t, p, stride) _tile_stored(t, p, stride)
 #define TILE_DOT(c, a, b) _tile_dpbf16ps(c, a, b)
-#endif
-
-#if !defined(OCTAVO_EMULATED_TILES) && defined(__linux__)
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 #endif
 
 #include "tiles_vector.h"
@@ -70,22 +69,15 @@ struct TileScope {
 
 // Tiles 0 .. 3 are 2 x 2 sums, 4 and 5 the left operand, 6 and 7 the right one.
 inline void sums_zero() {
-  TILE_ZERO(0);
-  TILE_ZERO(1);
-  TILE_ZERO(2);
-  TILE_ZERO(3);
+  TILE_ZERO(0); TILE_ZERO(1); TILE_ZERO(2); TILE_ZERO(3);
 }
 inline void sums_load(const float* c00, const float* c01, const float* c10, const float* c11) {
-  TILE_LOAD(0, c00, 64);
-  TILE_LOAD(1, c01, 64);
-  TILE_LOAD(2, c10, 64);
-  TILE_LOAD(3, c11, 64);
+  TILE_LOAD(0, c00, 64); TILE_LOAD(1, c01, 64);
+  TILE_LOAD(2, c10, 64); TILE_LOAD(3, c11, 64);
 }
 inline void sums_store(float* c00, float* c01, float* c10, float* c11, int64_t stride = 64) {
-  TILE_STORE(0, c00, stride);
-  TILE_STORE(1, c01, stride);
-  TILE_STORE(2, c10, stride);
-  TILE_STORE(3, c11, stride);
+  TILE_STORE(0, c00, stride); TILE_STORE(1, c01, stride);
+  TILE_STORE(2, c10, stride); TILE_STORE(3, c11, stride);
 }
 inline void sums_add(const bf16* a0, const bf16* a1, const bf16* b0, const bf16* b1) {
   TILE_LOAD(4, a0, 64);
