@@ -6,17 +6,11 @@ caught when a test of the properties or of parity fails (not when a test cannot 
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
+from planting import Change, Planter
 
 ATTENTION_LAWS = "tests/laws/test_models.py::test_every_mixer_in_every_use[attention]"
 OBJECTIVE_LAWS = "tests/laws/test_objectives.py::test_every_objective"
@@ -119,75 +113,34 @@ BUGS = [
     ),
     Bug(
         "resume", "training/loop.py",
-        'self.optimizer.restore(tensors, state["updates"])', "self.optimizer.restore(tensors, 0)",
+        'self.optimizer.restore(tensors, state["updates"])\n        self.step,',
+        "self.optimizer.restore(tensors, 0)\n        self.step,",
         (RESUMED,),
     ),
 ]  # fmt: skip
 
 
-class Planter:
-    """A process that runs tests against copies of the package."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("planting.py")],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
-        )  # fmt: skip
-        self.expect("ready")
-
-    def expect(self, word: str) -> None:
-        line = self.process.stdout.readline().strip()
-        assert line == word, f"the planter said {line!r}"
-
-    def run(self, name: str, tests: tuple[str, ...], change=lambda package: None) -> dict:
-        home = self.folder / name.replace(" ", "-")
-        package = home / "octavo"
-        shutil.copytree(ROOT / "src" / "octavo", package, ignore=shutil.ignore_patterns("__pycache__"))
-        change(package)
-        report = home / "report.json"
-        order = {"package": str(home), "tests": list(tests), "report": str(report)}
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
-        self.expect("done")
-        log = (home / "report.json.log").read_text()
-        assert report.is_file(), log[-3000:]
-        outcome = json.loads(report.read_text()) | {"log": log}
-        assert Path(outcome["package"]).is_relative_to(package), "the tests ran against another package"
-        assert not outcome["errors"], log[-3000:]
-        return outcome
-
-
 @pytest.fixture(scope="module")
 def planter(tmp_path_factory):
-    one = Planter(tmp_path_factory.mktemp("planted"))
+    one = Planter(tmp_path_factory.mktemp("planted"), models=True)
     yield one
-    one.process.stdin.close()
-    assert one.process.wait(timeout=30) == 0
-    one.process.stdout.close()
-
-
-def plant(package: Path, bug: Bug) -> None:
-    path = package / bug.file
-    text = path.read_text()
-    assert text.count(bug.anchor) == 1, f"{bug.file} has {text.count(bug.anchor)} times {bug.anchor!r}"
-    path.write_text(text.replace(bug.anchor, bug.planted))
+    one.close()
 
 
 def test_without_a_bug_the_same_tests_pass(planter):
     """The control: the copy, the fork and every selected test work."""
     tests = tuple(dict.fromkeys(test for bug in BUGS for test in bug.tests))
-    outcome = planter.run("control", tests)
-    assert outcome["code"] == 0, outcome["log"][-3000:]
-    assert outcome["passed"] >= len(tests)
+    outcome = planter.run(tests)
+    assert outcome.code == 0, outcome.log[-3000:]
+    assert outcome.passed >= len(tests)
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=[bug.kind for bug in BUGS])
 def test_a_planted_bug_is_caught(bug, planter, record_property):
-    outcome = planter.run(bug.kind, bug.tests, lambda package: plant(package, bug))
-    assert outcome["failed"], f"nobody saw it: {outcome['log'][-3000:]}"
-    laws = sorted(set(re.findall(r"(\w+): broken", outcome["log"])))
-    said = f"{bug.kind}: caught by {', '.join([f'the law {law!r}' for law in laws] or outcome['failed'])}"
+    outcome = planter.run(bug.tests, [Change(bug.file, bug.anchor, bug.planted)])
+    assert outcome.failed and not outcome.errors, f"nobody saw it: {outcome.log[-3000:]}"
+    laws = sorted(set(re.findall(r"(\w+): broken", outcome.log)))
+    said = f"{bug.kind}: caught by {', '.join([f'the law {law!r}' for law in laws] or outcome.failed)}"
     record_property("caught", said)
     print(said)
 

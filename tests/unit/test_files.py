@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 
 import pytest
 
@@ -34,6 +35,25 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, 
     monkeypatch.undo()
     assert path.read_text() == '{\n  "old": 1\n}\n'
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_what_is_written_is_on_disk_before_its_name_and_then_the_name(tmp_path, monkeypatch):
+    done: list[object] = []
+    fsync, replace = os.fsync, os.replace
+
+    def forced(descriptor):
+        status = os.fstat(descriptor)
+        done.append("folder" if stat.S_ISDIR(status.st_mode) else status.st_size)
+        fsync(descriptor)
+
+    def renamed(source, target):
+        done.append("renamed")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", forced)
+    monkeypatch.setattr(os, "replace", renamed)
+    files.write_atomic(tmp_path / "a", b"0123456789")
+    assert done == [10, "renamed", "folder"]
 
 
 def test_short_writes_are_continued(tmp_path, monkeypatch):

@@ -130,6 +130,11 @@ def test_a_huge_row_is_passed_over_without_being_held(tmp_path, monkeypatch):
         (2, None),
         (3, 1),
     ]
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "a"}) + "\n" + json.dumps({"text": "b" * 1000}) + "\n")
+    with pytest.raises(DataError, match="row is longer than") as caught:
+        texts(path)
+    assert f"{path}:2" in str(caught.value)
 
 
 def test_encoding_errors_have_a_place_and_a_policy(tmp_path):

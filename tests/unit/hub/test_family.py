@@ -194,6 +194,15 @@ def test_an_index_must_stay_inside_its_folder_and_agree_with_its_shards(tmp_path
         read_tensors(tmp_path / "m")
 
 
+def test_a_header_longer_than_any_models_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    save_model(build(CHOICES["llama"]), tmp_path / "m")
+    with open(tmp_path / "m" / "model.safetensors", "wb") as file:
+        file.write(((16 << 20) + 1).to_bytes(8, "little"))
+        file.truncate(32 << 20)  # without blocks on the disk
+    with pytest.raises(CheckpointError, match="its header says it has 16,777,217 bytes"):
+        read_tensors(tmp_path / "m")
+
+
 def test_a_missing_key_of_config_json_is_named(tmp_path):
     save_model(build(CHOICES["llama"]), tmp_path / "m")
     config_path = tmp_path / "m" / "config.json"

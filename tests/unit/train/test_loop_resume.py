@@ -1,16 +1,20 @@
 """Resumed runs change no bit; failed saves, stops and damaged steps are told truly."""
 
 import math
+import random
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 from training import Counted, log_of, packed, saved_step, settings, tiny, trainer, weights_hash
 
 from octavo.data.loader import Loader
 from octavo.errors import CheckpointError, ResourceError, StopRequested
+from octavo.stop import StopSignal
 from octavo.training import checkpoint
 
 # --------------------------------------------------------------------------------------------- resume
@@ -72,6 +76,26 @@ def test_samples_are_part_of_the_resumed_log(tmp_path):
 
     expected = uninterrupted(tmp_path / "whole", sample=sample, sample_every=2)
     assert resumed(tmp_path / "part", [4, 5], sample=sample, sample_every=2) == expected
+
+
+def test_random_numbers_drawn_beside_the_steps_go_on_too(tmp_path):
+    """A step seeds torch's generator alone; what else draws, here the sampling, goes on where it was."""
+
+    def sample() -> list[dict[str, str]]:
+        return [{"prompt": "", "text": f"{random.random()} {np.random.rand()}"}]
+
+    def seed(number: int) -> None:
+        random.seed(number)
+        np.random.seed(number)
+
+    trainer(tmp_path / "first", steps=4).fit()  # what torch imports at its first step draws numbers
+    seed(1)
+    expected = uninterrupted(tmp_path / "whole", sample=sample, sample_every=2)
+    seed(1)
+    with pytest.raises(StopRequested):
+        trainer(tmp_path / "part", stop_after=5, sample=sample, sample_every=2).fit()
+    seed(2)
+    assert resumed(tmp_path / "part", [], sample=sample, sample_every=2) == expected
 
 
 @pytest.mark.slow
@@ -154,6 +178,42 @@ def test_a_stop_before_the_first_step_is_saved_too(tmp_path):
     with pytest.raises(StopRequested, match="saved at step 0 of 12"):
         made.fit()
     assert resumed(tmp_path / "part", []) == expected
+
+
+def test_a_stop_breaks_off_a_validation_which_is_done_again(tmp_path):
+    changes: dict[str, Any] = {"valid_every": 4, "micro_batch_rows": 1}
+    expected = uninterrupted(tmp_path / "whole", **changes)
+    made, looked = trainer(tmp_path / "part", **changes), []
+    whole = made._loss_sum
+
+    def counted(batch: Any) -> torch.Tensor:
+        looked.append(batch)
+        return whole(batch)
+
+    made._loss_sum = counted  # validation calls it; a step calls what it was when the trainer was made
+    made.held.stop = StopSignal(2, clock=lambda: len(looked))
+    with pytest.raises(StopRequested, match="saved at step 4 of 12"):
+        made.fit()
+    assert len(looked) == 2 < sum(batch.rows for batch in made.held.valid)
+    assert not [r for r in log_of(tmp_path / "part") if r["kind"] == "valid"]
+    assert resumed(tmp_path / "part", [], **changes) == expected
+
+
+def test_a_step_that_takes_too_long_is_given_up(tmp_path):
+    expected = uninterrupted(tmp_path / "whole", micro_batch_rows=1)
+    made, clock = trainer(tmp_path / "part", micro_batch_rows=1), [0]
+    whole = made.forward
+
+    def slow(batch: Any) -> torch.Tensor:
+        clock[0] += 5
+        return whole(batch)
+
+    made.forward = slow
+    made.held.stop = StopSignal(21, clock=lambda: clock[0])
+    with pytest.raises(StopRequested, match="saved at step 1 of 12"):
+        made.fit()
+    assert clock[0] == 25, "one row of the second step, not four"
+    assert resumed(tmp_path / "part", [], micro_batch_rows=1) == expected
 
 
 def test_checkpoints_are_rotated_and_the_last_is_kept(tmp_path):
