@@ -216,20 +216,20 @@ def require(model: Decoder.Config, config: TrainConfig, precision: str, rows: in
     if memory.total <= REFUSED_ABOVE * room:
         return f"{what}: it may run out"
     if memory.total - memory.activations > room:
-        fix = f"lower model.d_model or model.n_layers, and use {section}.optimizer.kind=adamw_8bit"
+        light = f", and use {section}.optimizer.kind=adamw_8bit" if config.optimizer.kind == "adamw" else ""
+        fix = f"lower model.d_model or model.n_layers{light}"
         raise ResourceError(what, fix=fix, kept="nothing of this stage was begun")
-    fixes, at_once = [], min(config.micro_batch_rows or rows, rows)
-    while at_once > 1:
+    at_once = min(config.micro_batch_rows or rows, rows)
+    smaller = memory.total
+    while at_once > 1 and smaller > room:
         at_once //= 2
         smaller = needed(micro_batch_rows=at_once).total
-        if smaller <= room or at_once == 1:
-            fixes.append(f"{section}.micro_batch_rows={at_once} ({gib(smaller)} then)")
-            break
+    fixes = [f"{section}.micro_batch_rows={at_once} ({gib(smaller)} then)"]
     if not config.activation_checkpointing:
-        fixes.append(
-            f"{section}.activation_checkpointing=true ({gib(needed(activation_checkpointing=True).total)} then)"
-        )
-    raise ResourceError(what, fix=" or ".join(fixes) or "use a smaller model", kept="nothing of this stage was begun")
+        recomputed = needed(activation_checkpointing=True).total
+        word = "or" if recomputed <= room else "and, if that is not enough,"
+        fixes.append(f"{word} {section}.activation_checkpointing=true ({gib(recomputed)} alone)")
+    raise ResourceError(what, fix=" ".join(fixes), kept="nothing of this stage was begun")
 
 
 def _surely_small(model: Decoder.Config, config: TrainConfig, rows: int, room: int) -> bool:
