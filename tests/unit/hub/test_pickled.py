@@ -128,6 +128,7 @@ def test_convert_overwrites_nothing_and_leaves_nothing_half(tmp_path, in_process
     command = ["convert", "--from-pickle", str(tmp_path / "ckpt.pt"), str(out)]
     from octavo.language_model import LanguageModel
 
+    monkeypatch.chdir(tmp_path)  # where the traceback of a bug is left
     with monkeypatch.context() as broken:
         broken.setattr(LanguageModel, "save", lambda self, folder, **_: (folder.mkdir(), 1 / 0))
         assert main(command) == 1
