@@ -204,7 +204,7 @@ GUARDS = (
           (LOOP + "three_failed_saves_in_a_row_stop_the_run_and_it_resumes",)),
     Guard("memory is asked for first", "training/memory.py",
           "    if memory.total <= REFUSED_ABOVE * room:\n", "    if True:\n",
-          ("tests/unit/train/test_memory_preflight.py::test_what_cannot_fit_is_refused_with_two_settings_that_do",)),
+          ("tests/unit/train/test_memory.py::test_what_cannot_fit_is_refused_with_two_settings_that_make_it_fit",)),
     # ------------------------------------------------------------------------------------ what strangers write
     Guard("size cap of a JSONL row", "data/readers.py",
           "in lines(file, MAX_ROW_BYTES):", "in lines(file, 1 << 40):",
@@ -248,7 +248,7 @@ GUARDS = (
           ("tests/unit/hub/test_family.py::test_an_index_must_stay_inside_its_folder_and_agree_with_its_shards",)),
     Guard("no code named by a model", "schema.py",
           "if _no_imports.get() and module not in sys.modules and", "if False and",
-          ("tests/fault/test_r16_hostile_models.py::test_every_fixed_attack_is_refused",)),
+          ("tests/unit/hub/test_damaged_config.py::test_code_that_a_config_names_does_not_run",)),
     Guard("a pulled file is what the hub states", "hub/pull.py",
           "            if wrong := file.differs(path):\n", '            if wrong := "":\n',
           ("tests/unit/hub/test_pull.py::test_content_that_is_not_what_the_hub_states",)),

@@ -67,7 +67,8 @@ def try_guards(guards: Sequence[Guard], jobs: int = 1, *, tell=lambda line: None
                 why = f"cannot be run: {', '.join(outcome.errors)}" if outcome.errors else "no test fails"
                 why = f"no report: {outcome.log[-300:]}" if outcome.code < 0 else why
             verdict = Verdict(guard.name, bool(test), test, why, round(time.monotonic() - began, 1))
-            tell(f"{verdict.name:44} {'held' if test else 'NOT HELD':9} {verdict.seconds:5.1f} s  {test or why}")
+            said = f"{test.rpartition('::')[2]}: {why}" if test else why
+            tell(f"{verdict.name:40} {'held' if test else 'NOT HELD':8} {verdict.seconds:5.1f} s  {said[:160]}")
             return verdict
 
         try:
