@@ -5,6 +5,7 @@ Every damage is found and its file named, by looking (``verify``) and by loading
 
 import os
 import random
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -67,7 +68,10 @@ def files(step: Path) -> Iterator[Bytes]:
 
 def not_found(step: Path, name: str, problem: str) -> bool:
     """Whether ``verify`` does not say exactly that: this file, this problem and no other file."""
-    return checkpoint.verify(step) != [f"{name}: {problem}"]
+    found = checkpoint.verify(step)
+    # The one digit whose change may also mean something sound: the version of the format.
+    version = len(found) == 1 and re.fullmatch(r"manifest\.json: format .*: newer, or damaged", found[0])
+    return found != [f"{name}: {problem}"] and not (version and name == "manifest.json")
 
 
 def differs(name: str) -> str:

@@ -84,7 +84,7 @@ def read(path: Path) -> dict[str, Any]:
     if not sound:
         raise CheckpointError(f"{MANIFEST}: its own sha256 differs")
     if version != FORMAT:
-        raise CheckpointError(f"{MANIFEST}: format {version!r}, this Octavo reads format {FORMAT}")
+        raise CheckpointError(f"{MANIFEST}: format {version!r} where this Octavo reads {FORMAT}: newer, or damaged")
     if STATE not in files or not all(PLAIN_NAME.fullmatch(name) and name != MANIFEST for name in files):
         raise CheckpointError(f"{MANIFEST}: lists files that no checkpoint has")
     named = STEP_NAME.match(path.name)

@@ -40,6 +40,7 @@ DTYPES = {
     "BOOL": "bool",
 }
 HEADER_LIMIT_BYTES = 100_000_000
+MOST_DIMENSIONS, MOST_ELEMENTS = 64, 1 << 62
 
 
 def write(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[int, str]:
@@ -138,7 +139,11 @@ def _entries(path: Path, header: bytes, data_bytes: int) -> list[tuple[str, str,
     try:
         table = json.loads(header)
         table.pop("__metadata__", None)
-        rows = sorted((*entry["data_offsets"], name, entry["dtype"], entry["shape"]) for name, entry in table.items())
+        rows = []
+        for name, entry in table.items():
+            start, end = entry["data_offsets"]
+            rows.append((start, end, name, entry["dtype"], entry["shape"]))
+        rows.sort(key=lambda row: row[:3])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _damaged(path, f"its header cannot be read: {error}") from None
     entries, position = [], 0
@@ -147,8 +152,11 @@ def _entries(path: Path, header: bytes, data_bytes: int) -> list[tuple[str, str,
             isinstance(dtype, str)
             and dtype in DTYPES
             and start == position
+            and type(end) is int
             and isinstance(shape, list)
+            and len(shape) <= MOST_DIMENSIONS
             and all(type(length) is int and length >= 0 for length in shape)
+            and math.prod(length or 1 for length in shape) <= MOST_ELEMENTS
             and end - start == math.prod(shape) * getattr(torch, DTYPES[dtype]).itemsize
         )
         if not valid:

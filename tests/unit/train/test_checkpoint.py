@@ -137,7 +137,7 @@ def test_the_manifest_of_older_versions_still_reads(tmp_path):
     assert checkpoint.verify(step) == [] and checkpoint.load(step) == ({}, {})
     newer = json.dumps({**json.loads(data), "format": 2}).encode()
     (step / "manifest.json").write_bytes(newer)
-    assert checkpoint.verify(step) == ["manifest.json: format 2, this Octavo reads format 1"]
+    assert checkpoint.verify(step) == ["manifest.json: format 2 where this Octavo reads 1: newer, or damaged"]
 
 
 def test_what_is_no_step_is_named_for_what_it_is(tmp_path, monkeypatch):

@@ -36,6 +36,13 @@ def test_a_hostile_header_is_refused_without_allocating(tmp_path):
         "not fit the": header({"a": one, "b": one}) + b"1234",
         "says 4": header({"a": one}) + b"12345678",
         "header cannot": header({"a": [1, 2]}),
+        "header cannot be": header({"a": {**one, "data_offsets": [0, 2, 4]}}) + b"1234",
+        "header cannot be read": header({"a": {**one, "data_offsets": [0]}}) + b"1234",
+        "its entry": header({"a": {**one, "data_offsets": [0, "4"]}}) + b"1234",
+        "its entry 'a'": header({"a": {**one, "dtype": ["F32"]}}) + b"1234",
+        "its entry 'a' does": header({"a": {**one, "shape": [0, 1 << 62, 1 << 62], "data_offsets": [0, 0]}}),
+        "its entry 'a' does not": header({"a": {**one, "shape": [1] * 100}}) + b"1234",
+        "its entry 'a' does not fit": header({"a": {**one, "shape": "1"}}) + b"1234",
     }
     for number, (message, data) in enumerate(cases.items()):
         file = tmp_path / f"{number}.safetensors"
