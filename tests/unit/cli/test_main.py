@@ -111,7 +111,7 @@ def test_no_words_show_the_help_and_fail(capsys):
     ("words", "expected"),
     [
         (["trian"], ["there is no verb 'trian'", "did you mean `train`?"]),
-        (["zzzz"], ["there is no verb 'zzzz'", "quickstart, report, resume, run"]),
+        (["zzzz"], ["there is no verb 'zzzz'", "quickstart, replay, report, resume, run"]),
         (["--verson"], ["no such option: --verson", "`--version`", "octavo --help"]),
         (["try", "--couunt", "3"], ["no such option: --couunt", "`--count`", "octavo try --help"]),
         (["try", "--count", "many", "x"], ["'--count'", "'many'", "octavo try --help"]),
