@@ -233,6 +233,7 @@ def pretraining(recipe: Recipe, folder: Path, seq_len: int) -> Feed:
     if recipe.train is None:
         raise ConfigError("the recipe has no train section", fix="look at another stage")
     shards = Shards.open(folder / "data" / "train")
+    shards.require(Tokenizer.load(folder / "tokenizer"))
     weights = [source.weight for source in recipe.data.sources] if recipe.data else None
     n_rows = rows_of_step(recipe.train, seq_len)
     source = pretraining_loader(shards, seq_len, n_rows, seed=recipe.seed, weights=weights)

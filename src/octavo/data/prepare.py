@@ -118,11 +118,12 @@ def clean_documents(
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file, or ``None`` if there is no such file or it is not JSON."""
+    """The object in a JSON file, or ``None`` if there is no such file or it holds no JSON object."""
     try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
+    return found if isinstance(found, dict) else None
 
 
 def _batches(items: Iterator[tuple[int, Document | Rejected]]) -> Iterator[list[tuple[int, Document | Rejected]]]:

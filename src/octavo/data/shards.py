@@ -15,9 +15,10 @@ import functools
 import hashlib
 import io
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -221,6 +222,7 @@ class Shards:
         self.document_bytes: Array = np.ascontiguousarray(table[:, 1])
         self._part_starts = np.cumsum([0, *(p["n_tokens"] for p in manifest["parts"])])
         self._maps: list[Array | None] = [None] * len(manifest["parts"])
+        self._opened: list[tuple[BinaryIO, int] | None] = [None] * len(manifest["parts"])
 
     @classmethod
     def open(cls, folder: str | Path, *, verify: bool = True) -> Shards:
@@ -238,7 +240,18 @@ class Shards:
         manifest = prepare.read_json(folder / "manifest.json")
         if manifest is None or manifest.get("format") != FORMAT or "vocab_hash" not in manifest:
             raise DataError(f"no token shards in {folder}", fix="prepare the data again (octavo data prepare)")
+        try:
+            shards = cls._open(folder, manifest, verify)
+            shards.source_ranges()
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise _damaged(folder / "manifest.json", f"does not describe shards ({error!r})") from error
+        return shards
+
+    @classmethod
+    def _open(cls, folder: Path, manifest: dict[str, Any], verify: bool) -> Shards:
         for file in manifest["files"]:
+            if Path(file["name"]).name != file["name"]:
+                raise _damaged(folder, f"names a file outside itself: {file['name']}")
             path = folder / file["name"]
             size = path.stat().st_size if path.is_file() else -1
             if size != file["size"]:
@@ -267,8 +280,30 @@ class Shards:
         if tokens is None:
             path = self._files(self.folder, self.manifest, "tokens")[number]
             tokens = _load(path, self.manifest["dtype"], self.manifest["parts"][number]["n_tokens"])
-            self._maps[number] = tokens
+            file = open(path, "rb")  # noqa: SIM115 - as long as the map
+            self._maps[number], self._opened[number] = tokens, (file, os.fstat(file.fileno()).st_size)
+        self._check_whole(number)
         return tokens
+
+    def _check_whole(self, number: int) -> None:
+        """Say so where a file was cut: reading mapped bytes that are gone would kill the process without a word."""
+        opened = self._opened[number]
+        if opened is not None and (size := os.fstat(opened[0].fileno()).st_size) < opened[1]:
+            path = self._files(self.folder, self.manifest, "tokens")[number]
+            raise _damaged(path, f"was cut from {opened[1]:,} to {size:,} bytes while it was being read")
+
+    def require(self, tokenizer: Tokenizer) -> None:
+        """Refuse shards of another tokenizer, whose ids would mean other text.
+
+        Raises:
+            DataError: the hashes of the vocabularies differ.
+        """
+        if self.vocab_hash != tokenizer.hash:
+            raise DataError(
+                f"{self.folder} was written with tokenizer {self.vocab_hash[:12]} of {self.vocab_size:,} ids, "
+                f"not with {tokenizer.hash[:12]} of {tokenizer.vocab_size:,}",
+                fix=f"delete {self.folder} and prepare the data again, or put its tokenizer back",
+            )
 
     def stream(self, start: int, stop: int) -> Array:
         """Tokens ``start`` to ``stop`` of all documents one after another; a view where they lie in one file."""

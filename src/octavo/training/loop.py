@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.batch import Batch
-from octavo.errors import CheckpointError, ResourceError, StopRequested
+from octavo.errors import CheckpointError, DataError, ResourceError, StopRequested
 from octavo.metrics_file import MetricsFile
 from octavo.nn.attention import use_backend
 from octavo.objectives.contract import Objective
@@ -161,6 +161,7 @@ class Trainer:
             StopRequested: a signal or the time limit; everything is saved.
             NumericError: a loss, gradient or weight that is not finite.
             CheckpointError: the folder holds another run's or only damaged checkpoints.
+            DataError: what is trained on cannot be read any more; what was done is saved.
             ResourceError: three saves in a row failed, or the memory ran out.
         """
         held = self.held
@@ -181,6 +182,12 @@ class Trainer:
                     fix=f"go on with {held.resume_command}",
                     kept=str(held.folder / "checkpoints"),
                 ) from None
+            except DataError as error:
+                self.optimizer.clear()
+                self._save(metrics, last=True)
+                where = f"{error.where}, step {self.step}" if error.where else f"step {self.step}"
+                kept = str(held.folder / "checkpoints")
+                raise DataError(error.what, where=where, fix=error.fix, kept=kept) from error
         self.optimizer.release()
         self.model.eval()
         return self.figures
