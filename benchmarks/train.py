@@ -117,6 +117,7 @@ def recipe(shape: dict, text: Path, steps: int, threads: int, precision: str, co
         mixer |= {"dropout": shape["dropout"], "qkv_bias": True, "o_bias": True}
     return {
         "name": "bench",
+        "eval": None,
         "seed": 1,
         "data": {"sources": [{"path": str(text), "document_bytes": 500_000}], "split": {"held_out": 0.05}},
         "tokenizer": {"kind": "byte_bpe", "vocab_size": shape["vocab_size"]},
