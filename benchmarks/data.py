@@ -17,7 +17,6 @@ import json
 import os
 import platform
 import random
-import resource
 import statistics
 import sys
 import tempfile
@@ -298,7 +297,6 @@ def batches(rounds: int, batch_rows: int = 16, seq_len: int = 512, steps: int = 
         rows.append([name, each[name].each(steps / 1e3), start[name].each(1e-3, 1), *shares])
     steps_named = [f"of {seconds:g} s ({who})" for who, seconds in STEPS.items()]
     table(["rows from", "ms a batch", "ms to the first", *steps_named], rows)
-    print(f"most memory held by this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10:,} MiB")
 
 
 def main() -> int:
