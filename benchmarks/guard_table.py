@@ -60,8 +60,20 @@ GUARDS = (
           "    write_durable(aside / STATE, state_bytes)\n",
           (POWER + "the_manifest_is_written_last_and_nothing_old_goes_before_the_new_is_on_disk",)),
     Guard("a step is written aside and renamed", "training/checkpoint.py",
-          'final, aside = folder / name, folder / f"{name}.tmp-{run_id}"', "final = aside = folder / name",
-          (CUT.format("the only one is kept"), CUT.format("the first"))),
+          "        aside.mkdir()\n"
+          "        _write_files(aside, step, run_id, groups, state_bytes)\n"
+          '        failpoint("save.verify")\n'
+          "        _require_same_bytes(aside, name)\n"
+          "        if final.exists():\n"
+          '            failpoint("save.replace")\n'
+          '            replaced = _rename_aside(final, f"{name}.tmp-replaced")\n'
+          '        failpoint("save.rename")\n'
+          "        os.rename(aside, final)\n",
+          "        aside = final\n"
+          "        aside.mkdir(exist_ok=True)\n"
+          "        _write_files(aside, step, run_id, groups, state_bytes)\n"
+          "        _require_same_bytes(aside, name)\n",
+          (CUT.format("the only one is kept"),)),
     Guard("a file is written aside and renamed", "files.py",
           "        write_durable(aside, data)\n        os.replace(aside, path)",
           '        os.truncate(path, 0) if path.exists() else None\n        with open(path, "wb") as file:\n'
@@ -180,7 +192,7 @@ GUARDS = (
           (RUN + "a_surviving_worker_does_not_keep_the_lock_of_a_killed_owner",)),
     Guard("stop polled in the loop", "training/loop.py",
           "            held.stop.check()\n            self.figures", "            self.figures",
-          (LOOP + "a_run_can_be_stopped_at_any_step",)),
+          (LOOP + "a_stop_before_the_first_step_is_saved_too",)),
     Guard("stop polled in validation", "training/loop.py",
           "                    self.held.stop.check()\n                    total", "                    total",
           (LOOP + "a_stop_breaks_off_a_validation_which_is_done_again",)),

@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 240
 COPIED = ("src", "tests", "benchmarks", "docs", "scripts", "pyproject.toml", "README.md", "setup.sh")
-LIBRARIES = ("numpy", "pydantic", "safetensors.torch", "torch.utils.flop_counter")
+LIBRARIES = ("numpy", "pydantic", "safetensors.torch", "torch.utils.flop_counter", "pytest", "hypothesis")
 
 
 @dataclass(frozen=True)
