@@ -11,7 +11,7 @@ from octavo.models.decoder import Decoder, build
 from octavo.nn.contracts import Inputs
 from octavo.nn.norm import LayerNorm, NoNorm, RMSNorm
 from octavo.nn.projection import Embedding, InitConfig, Projection, initialise
-from octavo.training.optim import OPTIMIZERS
+from octavo.training.optimizers import OPTIMIZERS
 
 
 @pytest.fixture(autouse=True)
