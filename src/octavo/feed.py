@@ -232,6 +232,7 @@ def pretraining(recipe: Recipe, folder: Path, seq_len: int) -> Feed:
     """
     if recipe.train is None:
         raise ConfigError("the recipe has no train section", fix="look at another stage")
+    _check_seq_len(recipe, "train", seq_len)
     shards = Shards.open(folder / "data" / "train")
     shards.require(Tokenizer.load(folder / "tokenizer"))
     weights = [source.weight for source in recipe.data.sources] if recipe.data else None
@@ -255,6 +256,7 @@ def tuning(recipe: Recipe, tokenizer: Tokenizer, seq_len: int, *, keep: Path | N
     config = recipe.tune
     if config is None:
         raise ConfigError("the recipe has no tune section", fix="look at another stage")
+    _check_seq_len(recipe, "tune", seq_len)
     report, notices = ChatReport(), list[str]()
     told, kept_back = conversations(config, recipe.seed, keep=keep, report=report)
     samples = chat.tokenise(told, tokenizer, seq_len + 1, report)
@@ -311,6 +313,22 @@ def has_held_out(folder: Path) -> bool:
 def seq_len_of(config: TrainConfig, max_seq_len: int) -> int:
     """Tokens a row: as asked, else the model's whole context, of which a pretrained one may have too much."""
     return config.seq_len or min(max_seq_len, config.step_tokens)
+
+
+def _check_seq_len(recipe: Recipe, stage: str, seq_len: int) -> None:
+    """Refuse rows longer than a pretrained model's table of positions; of a fresh one the recipe knows it itself."""
+    if not isinstance(recipe.model, Pretrained.Config):
+        return
+    from octavo.hub.folder import model_config, read_config
+    from octavo.run import find_model
+
+    place = find_model(recipe.model.path)
+    shape = model_config(read_config(place)) if (place / "config.json").is_file() else None
+    if shape is not None and shape.positions.kind == "learned" and seq_len > shape.max_seq_len:
+        raise ConfigError(
+            f"{stage}.seq_len = {seq_len} exceeds the {shape.max_seq_len} positions of {recipe.model.path}",
+            fix=f"use {stage}.seq_len={shape.max_seq_len}",
+        )
 
 
 def max_seq_len(recipe: Recipe) -> int:

@@ -34,8 +34,8 @@ class LanguageModel:
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer):
         if tokenizer.vocab_size > model.vocab_size:
-            raise CheckpointError(
-                f"the tokenizer has {tokenizer.vocab_size} ids, the embedding {model.vocab_size} rows",
+            raise ConfigError(
+                f"the tokenizer has {tokenizer.vocab_size:,} ids, the embedding {model.vocab_size:,} rows",
                 fix="use the tokenizer that belongs to the model",
             )
         self.model, self.tokenizer = model, tokenizer

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import octavo
-from octavo.errors import CheckpointError, ConfigError, OctavoError
+from octavo.errors import ConfigError, OctavoError
 from octavo.infer.generate import encode_prompt, generate
 from octavo.infer.sampling import SamplingConfig
 from octavo.language_model import LanguageModel
@@ -245,7 +245,7 @@ def test_the_number_format_can_be_chosen(folder, tmp_path):
 
 def test_a_tokenizer_of_another_model_is_refused(tokenizer):
     config = Decoder.Config.model_validate({"d_model": 16, "n_layers": 1, "vocab_size": tokenizer.vocab_size - 1})
-    with pytest.raises(CheckpointError, match=f"{tokenizer.vocab_size} ids, the embedding {tokenizer.vocab_size - 1}"):
+    with pytest.raises(ConfigError, match=f"{tokenizer.vocab_size} ids, the embedding {tokenizer.vocab_size - 1}"):
         LanguageModel(build(config), tokenizer)
 
 

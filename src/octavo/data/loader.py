@@ -165,7 +165,9 @@ class Loader:
             ConfigError: the rows of a step cannot be divided among the ranks.
         """
         if step < 0 or not 0 <= rank < world:
-            raise ConfigError(f"step {step}, rank {rank} of {world} does not exist")
+            raise ConfigError(
+                f"step {step}, rank {rank} of {world} does not exist", fix="count both from 0, ranks below their number"
+            )
         if self.rows % world:
             fits = ", ".join(str(d) for d in range(1, min(self.rows, 4096) + 1) if self.rows % d == 0)
             raise ConfigError(

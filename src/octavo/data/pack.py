@@ -213,7 +213,8 @@ class WholeRows(Packed):
         digest = hashlib.sha256(f"whole {seq_len} {pad}".encode())
         for ids, mask in samples:
             if len(ids) != len(mask):
-                raise DataError(f"sample {self._samples} has {len(ids)} tokens and {len(mask)} mask values")
+                what = f"sample {self._samples} has {len(ids)} tokens and {len(mask)} mask values"
+                raise DataError(what, fix="give one mask value for each token")
             self._samples += 1
             kept = np.asarray(ids[: seq_len + 1], dtype=np.uint32)
             learnt = np.asarray(mask[: seq_len + 1], dtype=bool)

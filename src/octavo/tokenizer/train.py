@@ -105,7 +105,8 @@ def _readable(texts: Iterable[str]) -> Iterator[str]:
             try:
                 text.encode("utf-8")
             except UnicodeEncodeError as error:
-                raise DataError(f"text {count} holds a lone surrogate at character {error.start}") from None
+                what = f"text {count} holds a lone surrogate at character {error.start}"
+                raise DataError(what, fix="read the text with errors='replace'") from None
         yield text
     if count == 0:
         raise DataError("no text to train a tokenizer on", fix="check the data sources and filters")

@@ -269,7 +269,7 @@ def test_what_is_not_known_is_refused_by_name(tmp_path, more, said):
     if said:
         assert said in refusal(tmp_path / "m.gguf")
     else:
-        with pytest.raises(CheckpointError, match=f"{V + 1} ids, the embedding {V} rows"):
+        with pytest.raises(ConfigError, match=f"{V + 1} ids, the embedding {V} rows"):
             octavo.load(tmp_path / "m.gguf")
 
 
