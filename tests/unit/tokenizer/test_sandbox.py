@@ -117,6 +117,15 @@ def test_nothing_leads_out(source):
     assert repr(MESSAGES) == before
 
 
+@pytest.mark.parametrize("function", ["raise_exception", "strftime_now"])
+def test_what_leads_out_is_not_even_done(function, tmp_path):
+    """The text of a rendering does not show what it did on the way: here a file would be there."""
+    opened = f"{{{{ {function}.__globals__['__builtins__']['open'](path, 'w') }}}}"
+    with pytest.raises((DataError, jinja2.TemplateError)):
+        run(opened, path=str(tmp_path / "made"))
+    assert not (tmp_path / "made").exists()
+
+
 @pytest.mark.parametrize("source", BOMBS, ids=range(len(BOMBS)))
 def test_bombs_are_refused_soon_and_small(source):
     peak, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.thread_time()
