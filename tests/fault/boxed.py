@@ -22,6 +22,7 @@ from typing import Any
 HERE = Path(__file__).parent
 SCALE = int(os.environ.get("OCTAVO_FAULT_SCALE", "1"))
 """Counts are multiplied by this: ``OCTAVO_FAULT_SCALE=10 pytest tests/fault``."""
+FIRST_SECONDS = 60.0  # the first cases import what they need, on a machine that may be busy
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Outcome:
             return self.crash
         if self.error and not (self.error.startswith("error[") and ". Fix: " in self.error and "\n" not in self.error):
             return f"not in the one form: {self.error[:300]}"
+        if len(self.error) > 4000:
+            return f"an error of {len(self.error):,} characters"
         if self.seconds > seconds:
             return f"took {self.seconds:.2f} s"
         if self.mebibytes > mebibytes:
@@ -67,17 +70,20 @@ class Box:
         if self.child is None:
             self.child = self._start()
             for harmless in self.first:
-                outcome = self.ask(harmless)
+                outcome = self._ask(harmless, FIRST_SECONDS)
                 assert not outcome.crash and not outcome.error, outcome
-        assert self.child.stdin is not None and self.child.stdout is not None
+        return self._ask(case, self.seconds)
+
+    def _ask(self, case: Any, seconds: float) -> Outcome:
+        assert self.child is not None and self.child.stdin is not None and self.child.stdout is not None
         self.child.stdin.write(json.dumps(case).encode() + b"\n")
         self.child.stdin.flush()
-        ready, _, _ = select.select([self.child.stdout], [], [], self.seconds)
+        ready, _, _ = select.select([self.child.stdout], [], [], seconds)
         answer = self.child.stdout.readline() if ready else b""
         if not answer:
-            how = f"no answer in {self.seconds:.0f} s" if not ready else f"the child died ({self.child.wait()})"
+            how = f"no answer in {seconds:.0f} s" if not ready else f"the child died ({self.child.wait()})"
             self.close()
-            return Outcome(self.seconds, 0.0, crash=how)
+            return Outcome(seconds, 0.0, crash=how)
         return Outcome(**json.loads(answer))
 
     def _start(self) -> subprocess.Popen[bytes]:

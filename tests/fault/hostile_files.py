@@ -182,6 +182,10 @@ def _many_tensors(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(header(table))
 
 
+def _as_whole_numbers(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b'"F32"', b'"I32"'))
+
+
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 NINES = "9" * 5000
 DEEP = "[" * 3000 + "]" * 3000
@@ -207,6 +211,7 @@ SAFETENSORS: dict[str, Attack] = {
     "unknown dtype": _text("model.safetensors", header({"a": {**F32, "dtype": "F4096"}}, b"\0" * 8)),
     "dtype torch has no name for": _text("model.safetensors", header({"a": {**F32, "dtype": "F6_E2M3"}}, b"\0" * 8)),
     "20,000 empty tensors": _many_tensors,
+    "whole numbers for weights": lambda f: _as_whole_numbers(f / "model.safetensors"),
     "a pickle by that name": _pickled("model.safetensors"),
     "a folder by that name": lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors").mkdir()),
     "a link to itself": _link("model.safetensors", "model.safetensors"),

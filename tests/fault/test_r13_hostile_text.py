@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 import re
 from pathlib import Path
@@ -231,6 +232,33 @@ def test_what_once_went_wrong(box, tmp_path, record):
             if found := trouble(case, box.ask(case)):
                 failures.append(f"{path.name}: {found}")
     record("R13", 2 * len(files), failures, attacks="corpus")
+
+
+def test_nothing_many_times_is_a_burden(box, tmp_path, record):
+    """One thing 30,000 times, alone or before one that closes nothing: what takes n^2 takes minutes."""
+    behind = [b"", b"</script>", b">", b" x"]
+    cases = [(unit, behind[i % 4]) for i, unit in enumerate(UNITS)]
+    cases += [(b"<svg>", b"</script>"), (b"<object>", b"</head>"), (b"<pre>", b" "), (b"<!-- >", b"<![CDATA[ >")]
+    failures, n = [], 0
+    for i, (first, last) in enumerate(cases):
+        for name in ("a.html", ("a.txt", "a.jsonl", "c.json")[i % 3]):
+            path = tmp_path / name
+            path.write_bytes((b"[" if name == "c.json" else b"") + first * 30_000 + last * 30_000)
+            case = case_of(path, random.Random(0)) | {"encoding": "utf-8", "on_bad_row": "skip"}
+            n += 1
+            if found := trouble(case, box.ask(case)):
+                failures.append(f"{name}, {first!r} and {last!r}: {found}")
+    record("R13", n, failures, attacks="repetition")
+
+
+def test_what_is_no_file_in_a_folder_is_passed_over(box, tmp_path, record):
+    """A pipe would be read for ever."""
+    (tmp_path / "a.txt").write_text("The cat sat on the mat and was content with it.")
+    os.mkfifo(tmp_path / "b.txt")
+    (tmp_path / "c.txt").mkdir()
+    outcome = box.ask(case_of(tmp_path, random.Random(0)) | {"chat": False, "encoding": "utf-8"})
+    found = outcome.crash or outcome.error or "" if outcome.result != "1 documents" else ""
+    record("R13", 1, [found] if found else 0, attacks="pipes")
 
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.html.gz", "c.json.gz", "c.jsonl.zst", "a.txt.zst"])

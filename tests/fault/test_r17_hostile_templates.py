@@ -1,6 +1,7 @@
 """R17: no chat template finds a way out of its box, or takes more than half a second and 256 MiB."""
 
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,10 @@ from boxed import SCALE, Box
 from hostile_templates import BOMBS, ESCAPES, HARMLESS, SECRET, render
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from octavo.errors import DataError
+from octavo.tokenizer import Byte, Tokenizer, chat, train
+from octavo.tokenizer.budget import Budget, BudgetError
 
 SECONDS, MEBIBYTES = 0.5, 256
 GENERATED = 400 * SCALE
@@ -59,6 +64,49 @@ def test_no_known_bomb_goes_off(box, record):
         if found:
             failures.append(f"{name}: {found}")
     record("R17", len(BOMBS) + len(HARMLESS), failures, attacks="bombs")
+
+
+SLOW = "{% for i in range(22000) %}{% endfor %}"
+BUSY = "{% for i in range(90000) %}" + "{{ 'a' | upper | length }}" * 9 + "{% endfor %}"
+
+
+def test_a_rendering_has_an_end_of_its_own(record):
+    """Where neither steps nor characters run out, the clock does."""
+    failures = []
+    budget = Budget(1, 100)
+    budget.steps, budget.seconds = 10**9, 0.1
+    budget._stop, budget._clock = time.thread_time() + 0.1, 10**9
+    began = time.thread_time()
+    try:
+        for _ in range(3_000_000):
+            budget.step()
+    except BudgetError as error:
+        failures = [] if "longer than" in str(error) else [str(error)]
+    spent = time.thread_time() - began
+    if spent > 0.5:
+        failures.append(f"{spent:.2f} s")
+    record("R17", 1, failures, attacks="clock")
+
+
+def test_many_renderings_of_one_conversation_have_an_end(monkeypatch, record):
+    """A long conversation is rendered again and again: where the template is slow or never ends, not for each turn."""
+    monkeypatch.setattr(chat, "_SECONDS", 0.5)
+    monkeypatch.setattr(chat, "_SECONDS_PER_MESSAGE", 0.0)
+    base, failures = train(Byte(), []), []
+    told = [{"role": role, "content": "a"} for _ in range(60) for role in ("user", "assistant")]
+    shown = "{% for m in messages %}{{ m.role }}{{ m.content }}<|im_end|>{% endfor %}"
+    shown += "{% if add_generation_prompt %}assistant{% endif %}"
+    for name, template in (("slow", SLOW + shown), ("never ends", BUSY + shown)):
+        tokenizer = Tokenizer(base.to_json(), special=base.special_text, chat_template=template)
+        began, said = time.thread_time(), ""
+        try:
+            tokenizer.render(told)
+        except DataError as error:
+            said = str(error)
+        spent = time.thread_time() - began
+        if "the chat template refuses" not in said or spent > 2:
+            failures.append(f"{name}: {spent:.2f} s, {said}")
+    record("R17", 2, failures, attacks="many renderings")
 
 
 # ------------------------------------------------------------------------------------------- generated
