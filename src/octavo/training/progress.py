@@ -260,7 +260,9 @@ class Console:
 
     def warn(self, text: str) -> None:
         """A remark that is shown in quiet mode too."""
-        self._print((INDENT, ""), ("warning: ", "bold yellow"), (words.printable(text), ""), always=True)
+        said = text.startswith(("warning[", "error["))  # it names its kind itself
+        lead = ("", "") if said else ("warning: ", "bold yellow")
+        self._print((INDENT, ""), lead, (words.printable(text), ""), always=True)
 
     def valid(self, step: int, **figures: float) -> None:
         """The line of a validation pass: loss, bits_per_byte; says when it is the best of the stage."""

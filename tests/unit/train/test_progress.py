@@ -298,3 +298,11 @@ def test_no_thread_is_started():
     with talk.bar(3, "step") as bar:
         bar.update()
         assert threading.active_count() == before
+
+
+def test_a_warning_that_names_its_kind_is_not_called_one_twice():
+    stream = io.StringIO()
+    console = Console("plain", stream=stream, width=100)
+    console.warn("warning[CHECKPOINT]: step 3 is damaged")
+    console.warn("slower")
+    assert stream.getvalue().split("\n")[:2] == ["    warning[CHECKPOINT]: step 3 is damaged", "    warning: slower"]
