@@ -78,7 +78,7 @@ def training_bytes(model: Decoder.Config, config: TrainConfig, precision: str, r
     gradients = _size([tensor for group in optimizer.groups for tensor in (group.grads, group.total)])
     moments = _size([tensor for state in optimizer.state for tensor in state.values()])
     live, holes = _activations(model, config, dtype, at_once, seq_len)
-    resident = int(live * LOSS_BETWEEN_BLOCKS + holes)
+    resident = int(live * LOSS_BETWEEN_BLOCKS) + holes
     # While the buffers are made, and when the weights are given back at the end, the weights are there twice.
     total = BASE_BYTES + weights + gradients + moments + max(resident, _size(masters))
     return Memory(weights, gradients, moments, resident, total)
@@ -122,16 +122,19 @@ def _count(model: Decoder.Config, config: TrainConfig, dtype: torch.dtype, rows:
             block.register_forward_hook(lambda *_: live.enter(-1))
         with live, _fused_attention():
             objective.loss_sum(net(batch.inputs(), needs=objective.needs), batch).backward()
-    holes = model.n_layers * live.widest * HOLES_OF_RECOMPUTING if config.activation_checkpointing else 0
-    return live.peak, int(holes)
+    # One block as large as the largest lies free in pieces: the next of that size does not fit into them.
+    holes = live.largest
+    if config.activation_checkpointing:
+        holes += int(model.n_layers * live.widest * HOLES_OF_RECOMPUTING)
+    return live.peak, holes
 
 
 class _Live(TorchDispatchMode):
-    """Bytes of all tensors made inside that are alive; the most of them at once, and the widest inside a block."""
+    """Bytes of all tensors made inside that are alive, the most at once; the largest, and the widest of a block."""
 
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
-        self.now = self.peak = self.widest = self.depth = 0
+        self.now = self.peak = self.largest = self.widest = self.depth = 0
         self._known = [tensor.untyped_storage() for tensor in known]  # views of these are no new memory
         self._seen = {id(storage) for storage in self._known}
 
@@ -146,6 +149,7 @@ class _Live(TorchDispatchMode):
                 self._seen.add(key)
                 self.now += size
                 weakref.finalize(storage, self._gone, key, size)
+                self.largest = max(self.largest, size)
                 if self.depth:
                     self.widest = max(self.widest, size)
         self.peak = max(self.peak, self.now)
