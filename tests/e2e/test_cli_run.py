@@ -114,9 +114,12 @@ def test_stopped_in_training_it_says_how_to_go_on_and_does(place, tmp_path, numb
     if number == signal.SIGTERM:
         return
     # Go on for a moment, by the command that was named; what was logged stays as it was.
-    done = octavo_command("resume", "out/mine", "--max-time", "1s", cwd=tmp_path)
-    assert done.returncode == 75 and "time limit of 1s" in done.stderr, done.stderr
-    gone_on = figures(run, "pretrain")
+    for limit in ("3s", "9s", "27s"):  # the limit counts from the command's start, which takes a busy machine a while
+        done = octavo_command("resume", "out/mine", "--max-time", limit, cwd=tmp_path)
+        assert done.returncode == 75 and f"time limit of {limit}" in done.stderr, done.stderr
+        gone_on = figures(run, "pretrain")
+        if len(gone_on) > len(stopped):
+            break
     assert len(gone_on) > len(stopped) and gone_on[: len(stopped)] == stopped
     assert [r["step"] for r in gone_on] == list(range(1, len(gone_on) + 1))
 

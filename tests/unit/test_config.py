@@ -145,7 +145,7 @@ def test_a_value_of_the_wrong_type_anywhere_is_named():
         (["train=null"], "nothing to do"),
         (["data=null"], "train needs text"),
         (["train=null", "data=null", "tune={}"], "tune alone needs a trained model"),
-        (["model.blocks.block.mixer.head_dim=7"], "head_dim = [7] is odd"),
+        (["model.blocks.block.mixer.head_dim=7"], "head_dim = 7 is odd"),
         (["model.kind=no_such_module:Thing"], "cannot import 'no_such_module:Thing'"),
         (["train.optimizer.lr=.nan"], "train.optimizer.lr = nan"),
         (["train.optimizer.lr=0"], "train.optimizer.lr = 0: input should be greater than 0"),
