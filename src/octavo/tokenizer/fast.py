@@ -36,7 +36,8 @@ PROBE = (
     "The quick brown fox, it's 1234567 days old!\r\n\n\tdef f(x):  return x ** 2   # done\n"
     "你好，世界。 \u00e9t\u00e9 e\u0301 \U0001f469\u200d\U0001f680 \u0434\u0430 \u0645\u0631\u062d\u0628\u0627 "
     "aaaaaaaaaaaaaaaa ---- \u00a0 <|im_end|> </s> [INST] <0x0A> ##x \u2581y",
-    "I'M we'LL they'Ve 'tis 'S'\u017f'\u017ft x'd's ''s 'll\u00e9 '\u2019s \u180e'\u180e \u180es\u180e\u180e a\u180e b",
+    "I'M we'LL they'Ve 'tis 'S'\u017f'\u017ft x'd's ''s 'll\u00e9 '\u2019s "
+    "\u180e'\u180e \u180es\u180e\u180e \u180e's '\u180e're \u180e'LL b",
     "０１２ ٣٤٥ ½ Ⅷ 12,345.678e-9 0x1F 1 22 333 4444 55555\u3000全角 １a2b３ க்ஷ กำ 한국어 ひらがな ʼn\u0345 \U0001d7d9",
     " \u2003\u2028x\u2029 \x85\x0b\x0c\x1c\x1f\ufeff\u200b \t \n \t\n\n  \r\r\n x\n \n  y \u1680 ",
     f"{_RUN}{' ' * 3000}{'-' * 3000}{'x' * 3000}\n{'中' * 1500}{_RUN}",

@@ -203,6 +203,15 @@ def test_one_other_id_anywhere_on_the_probe_and_it_is_not_used(monkeypatch):
         assert_same(tokenizer, ["a\u180eb 12 ٣٤٥", *TEXTS[:3]])
 
 
+@needs_fastokens
+def test_the_probe_tells_the_regular_expressions_from_the_scanners(monkeypatch):
+    """U+180E before a contraction: white space to the engine that runs patterns without a scanner."""
+    tokenizer = train(ByteBPE(vocab_size=600, split="gpt2"), [*TEXTS, "it's that's let's Bob's " * 20])
+    assert Tokenizer(tokenizer.to_json()).encoder.startswith("fastokens")
+    monkeypatch.setattr(fast, "_splitter", lambda step: step)  # the pattern as it stands, not in the scanner's form
+    assert Tokenizer(tokenizer.to_json()).encoder == "tokenizers: its ids differ on the probe"
+
+
 def test_what_it_fails_at_later_is_encoded_as_usual(monkeypatch):
     def panics(ids, text):
         if "boom" in text:
