@@ -248,6 +248,8 @@ def test_nothing_many_times_is_a_burden(box, tmp_path, record):
             n += 1
             if found := trouble(case, box.ask(case)):
                 failures.append(f"{name}, {first!r} and {last!r}: {found}")
+        if len(failures) > 2:  # each may have taken as long as it could
+            break
     record("R13", n, failures, attacks="repetition")
 
 

@@ -268,6 +268,17 @@ def test_hostile_yaml(box, tmp_path, monkeypatch, record):
     record("R15", len(cases), failures, values="hostile YAML")
 
 
+def test_what_once_went_wrong(box, record):
+    files = sorted((Path(__file__).parents[1] / "corpus" / "r15").glob("*.yaml"))
+    failures = []
+    for path in files:
+        outcome = box.ask({"path": str(path), "overrides": []})
+        lines = outcome.error.split("\n")
+        if outcome.crash or outcome.exit_code != 2 or not all(ONE_FORM.fullmatch(line) for line in lines):
+            failures.append(f"{path.name}: {outcome.crash or outcome.error or outcome.result}")
+    record("R15", len(files), failures, values="corpus")
+
+
 @pytest.mark.parametrize("name", ["train", "run", "data prepare"])
 def test_no_verb_writes_before_the_recipe_is_understood(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

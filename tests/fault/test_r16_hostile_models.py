@@ -1,7 +1,9 @@
 """R16: whatever lies in a model folder, opening it gives a model or a typed error, soon, small, and runs nothing."""
 
+import json
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 from boxed import SCALE, Box
@@ -55,6 +57,31 @@ def sort_of(name):
 
 def kind_of(group):
     return {"index.json": "sharded", "checkpoint": "checkpoint"}.get(group, "plain")
+
+
+def test_what_once_went_wrong(sound, box, tmp_path, record):
+    """Each file of the corpus says what to put where in a sound folder."""
+    files = sorted((Path(__file__).parents[1] / "corpus" / "r16").glob("*.json"))
+    failures = []
+    for path in files:
+        hostile = json.loads(path.read_text())
+        folder = tmp_path / path.stem
+        shutil.copytree(sound / hostile["sort"], folder)
+        target, value = folder / hostile["file"], hostile["value"]
+        if hostile["path"]:
+            whole = json.loads(target.read_text())
+            *outer, last = hostile["path"]
+            place = whole
+            for part in outer:
+                place = place[part]
+            place[last] = value
+            value = whole
+        target.write_text(json.dumps(value))
+        outcome = box.ask({"folder": str(folder), "kind": sort_of(hostile["sort"])})
+        problem = outcome.trouble(SECONDS, MEBIBYTES)
+        if problem or outcome.exit_code not in (0, 2, 4):
+            failures.append(f"{path.name}: {problem or outcome.error}")
+    record("R16", len(files), failures, attacks="corpus")
 
 
 @pytest.mark.timeout(300)
