@@ -199,6 +199,7 @@ class _Window:
 
     def _native_step(self, new: Sequence[Sequence[int]]) -> Tensor:
         if self.step is None:
+            assert self.state is not None
             self.step = native.NativeStep(self.model, self.state)
         rows = [row for row, ids in enumerate(new) if ids]
         logits = self.step(torch.tensor([new[row][0] for row in rows]), torch.tensor(rows))
