@@ -257,7 +257,6 @@ class Pipeline:
         scale = None
         if stage == "pretrain":
             rows = feed.pretraining(recipe, self.folder.path, seq_len)
-            self._require_same(tokenizer, Shards.open(self.folder.path / "data" / "train").vocab_hash, "the shards")
             if isinstance(rows.valid, StreamRows):
                 held_out = rows.valid.shards
                 scale = (held_out.n_tokens - held_out.n_documents) / max(1, held_out.n_bytes) / math.log(2)
@@ -270,7 +269,12 @@ class Pipeline:
         model = start()
         if stage == "tune" and recipe.train:  # base/ has the weights; what only matters in training is the recipe's
             base = load(self.folder.base_path)
-            self._require_same(tokenizer, base.tokenizer.hash, "base/")
+            if base.tokenizer.hash != tokenizer.hash:  # ids mean nothing under another one, also if it has as many
+                raise ConfigError(
+                    f"{self.folder.base_path} has another tokenizer ({base.tokenizer.vocab_size} ids) than the run "
+                    f"({tokenizer.vocab_size})",
+                    fix="restore both, or use a new run folder",
+                )
             model.load_state_dict(base.model.state_dict())
         own = folder or self.folder.path / stage
         make_folder(own)
@@ -371,15 +375,6 @@ class Pipeline:
                 fix="leave model.vocab_size out",
             )
         return config, lambda: build(config, seed=self.recipe.seed)
-
-    def _require_same(self, tokenizer: Tokenizer, made_by: str, what: str) -> None:
-        """Ids mean nothing under another tokenizer, also where it has as many."""
-        if made_by != tokenizer.hash:
-            raise ConfigError(
-                f"{self.folder.path / 'tokenizer'} ({tokenizer.vocab_size} ids) is not the tokenizer {what} came from",
-                fix="restore the folder, or use a new run folder",
-                kept="the run is as it was",
-            )
 
     def _tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.folder.path / "tokenizer")

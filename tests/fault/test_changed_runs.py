@@ -130,13 +130,7 @@ def test_another_tokenizer_is_refused_also_with_as_many_ids(stopped, capsys, siz
         other = train(ByteBPE(vocab_size=300), ["the cat sees a letter " * 9])
         other.save(run / "tokenizer")
     else:
-        path = run / "tokenizer" / "tokenizer.json"
-        spec = json.loads(path.read_text())
-        vocab = spec["model"]["vocab"]
-        a, b = list(vocab)[40:42]
-        vocab[a], vocab[b] = vocab[b], vocab[a]
-        path.write_text(json.dumps(spec))
-        assert train(Byte(), []).vocab_size == len(vocab)
+        other_vocabulary(run / "tokenizer" / "tokenizer.json")
     assert main(["resume", str(run), "--quiet"]) == 3
     assert "was written with tokenizer" in capsys.readouterr().err
 
@@ -147,6 +141,28 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused_before_training(tmp
     assert go(raw, tmp_path / "run") == 2
     assert "ids, model.vocab_size is 100" in capsys.readouterr().err
     assert not (tmp_path / "run" / "pretrain" / "checkpoints").exists()
+
+
+def test_a_model_with_another_tokenizer_is_not_tuned(stopped, capsys):
+    raw, run = stopped
+    raw["tune"] = tiny_recipe(run.parent)["tune"]
+    assert go(raw, run, "--allow-change", "tune", "--quiet") == 0
+    other_vocabulary(run / "base" / "tokenizer.json")
+    stages = json.loads((run / "stages.json").read_text())
+    del stages["tune"]
+    (run / "stages.json").write_text(json.dumps(stages))
+    assert main(["resume", str(run), "--quiet"]) == 2
+    assert "base has another tokenizer (" in capsys.readouterr().err
+
+
+def other_vocabulary(path: Path) -> None:
+    """The same entries, two of them with each other's ids."""
+    spec = json.loads(path.read_text())
+    vocab = spec["model"]["vocab"]
+    a, b = list(vocab)[40:42]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    path.write_text(json.dumps(spec))
+    assert train(Byte(), []).vocab_size == len(vocab)
 
 
 def test_a_stage_goes_on_only_from_the_weights_it_began_with(stopped, capsys):
