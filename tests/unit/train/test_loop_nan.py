@@ -221,6 +221,33 @@ def test_a_run_killed_before_the_save_of_a_rollback_comes_to_it_again(tmp_path, 
     assert log_of(tmp_path / "part") == log_of(tmp_path / "whole")
 
 
+def test_steps_that_were_left_out_stay_out_also_if_the_trouble_does_not_come_again(tmp_path):
+    """A flipped bit spoils a step once. The rollback is saved at once, so a kill right after it changes nothing."""
+    changes: dict[str, Any] = {"on_nan": "rollback", "save_every": 3}
+    whole = sour(tmp_path / "whole", {7: math.nan}, **changes)
+    whole.fit()
+
+    class Killed(Exception):
+        pass
+
+    part = sour(tmp_path / "part", {7: math.nan}, **changes)
+    real = part.train_step
+
+    def step() -> dict[str, float]:
+        if part.step == 8:
+            raise Killed
+        return real()
+
+    part.train_step = step  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        part.fit()
+    resumed = sour(tmp_path / "part", {}, **changes)
+    resumed.fit()
+    assert resumed.guard.rolled_back == whole.guard.rolled_back == [[6, 7]]
+    assert weights_hash(resumed.model) == weights_hash(whole.model)
+    assert log_of(tmp_path / "part") == log_of(tmp_path / "whole")
+
+
 # -------------------------------------------------------------------------------------------- weights
 
 
