@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,17 @@ from recipes import tiny_recipe
 from octavo import repeat
 from octavo.cli.main import main
 from octavo.metrics_file import read_metrics
+from octavo.pipeline import Pipeline
 from octavo.training import checkpoint
 from octavo.training.loop import Trainer
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_page() -> Iterator[None]:
+    """The page takes longer than all else in so small a run, and says nothing here."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Pipeline, "report", lambda _: {})
+        yield
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:

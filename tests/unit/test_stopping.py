@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,20 @@ from octavo.errors import StopRequested
 from octavo.eval import metrics
 from octavo.language_model import LanguageModel
 from octavo.metrics_file import read_metrics
+from octavo.pipeline import Pipeline
 from octavo.run import RunFolder
 from octavo.stop import StopSignal
 from octavo.training import checkpoint
 from octavo.training.loop import Trainer
 from octavo.training.progress import Console
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_page() -> Iterator[None]:
+    """The page takes longer than all else in so small a run, and says nothing here."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Pipeline, "report", lambda _: {})
+        yield
 
 
 class Asked(StopSignal):

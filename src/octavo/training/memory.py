@@ -225,9 +225,11 @@ def require(model: Decoder.Config, config: TrainConfig, precision: str, rows: in
         raise ResourceError(what, fix=fix, kept="nothing of this stage was begun")
     at_once = min(config.micro_batch_rows or rows, rows)
     smaller = memory.total
+    fitting = (room - smaller + memory.activations) * at_once // memory.activations  # rows take nearly equal shares
     while at_once > 1 and smaller > room:
         at_once //= 2
-        smaller = needed(micro_batch_rows=at_once).total
+        if at_once <= max(1, fitting):
+            smaller = needed(micro_batch_rows=at_once).total
     fixes = [f"{section}.micro_batch_rows={at_once} ({gib(smaller)} then)"]
     if not config.activation_checkpointing:
         recomputed = needed(activation_checkpointing=True).total
