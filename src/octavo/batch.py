@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from octavo.nn.contracts import Inputs
+
+TENSORS = ("tokens", "targets", "loss_mask", "doc_ids", "positions", "valid")
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class Batch:
 
     tokens, targets (B, T) int64; loss_mask (B, T) float, 0 where a target does not count; doc_ids and
     positions (B, T) int64; valid (B, T) bool. ``extra`` holds what one objective needs beside these, each
-    with the row axis first.
+    with the row axis first. ``padding`` "end" says that what is not valid stands at the end of every row.
     """
 
     tokens: Tensor
@@ -28,18 +31,21 @@ class Batch:
     positions: Tensor
     valid: Tensor
     extra: dict[str, Tensor] = field(default_factory=dict)
+    padding: Literal["anywhere", "end"] = "anywhere"
 
     @classmethod
     def from_numpy(cls, arrays: Mapping[str, np.ndarray], device: str | torch.device = "cpu") -> Batch:
         """Take a loader's arrays; names that are not fields go to ``extra``."""
         dtypes = {"loss_mask": torch.float32, "valid": torch.bool}
-        own = [f.name for f in fields(cls) if f.name != "extra"]
         tensors = {
             name: torch.from_numpy(np.ascontiguousarray(arrays[name])).to(device, dtypes.get(name, torch.long))
-            for name in own
+            for name in TENSORS
         }
-        extra = {n: torch.from_numpy(np.ascontiguousarray(a)).to(device) for n, a in arrays.items() if n not in own}
-        return cls(**tensors, extra=extra)
+        rest = {name: array for name, array in arrays.items() if name not in TENSORS}
+        extra = {name: torch.from_numpy(np.ascontiguousarray(array)).to(device) for name, array in rest.items()}
+        valid = arrays["valid"].astype(bool)
+        scattered = bool((valid[:, 1:] & ~valid[:, :-1]).any())
+        return cls(**tensors, extra=extra, padding="anywhere" if scattered else "end")
 
     @property
     def rows(self) -> int:
@@ -47,12 +53,14 @@ class Batch:
 
     def inputs(self) -> Inputs:
         """What the model is given."""
-        return Inputs(self.tokens, valid=self.valid, doc_ids=self.doc_ids, positions=self.positions)
+        return Inputs(
+            self.tokens, valid=self.valid, doc_ids=self.doc_ids, positions=self.positions, padding=self.padding
+        )
 
     def split(self, rows: int) -> Iterator[Batch]:
         """Micro-batches of at most ``rows`` rows."""
-        names = [f.name for f in fields(self) if f.name != "extra"]
         for start in range(0, self.rows, rows):
             part = slice(start, start + rows)
-            tensors = {name: getattr(self, name)[part] for name in names}
-            yield Batch(**tensors, extra={name: value[part] for name, value in self.extra.items()})
+            tensors = {name: getattr(self, name)[part] for name in TENSORS}
+            extra = {name: value[part] for name, value in self.extra.items()}
+            yield Batch(**tensors, extra=extra, padding=self.padding)

@@ -18,7 +18,7 @@ from recipe_keys import Key, keys, misspelt, out_of_range, wrong_types
 from octavo.cli.main import main
 
 SEED = 15
-SECONDS, MEBIBYTES = 1.5, 64
+SECONDS, MEBIBYTES = 4.0, 64
 RIGHT = 0.95
 ONE_FORM = re.compile(r"error\[\w+\]: .+\. Fix: .+")
 

@@ -69,7 +69,7 @@ BUGS = [
     ),
     Bug(
         "scale", "nn/attention.py",
-        "scale = self.config.scale\n", "scale = self.config.scale or 1 / self.head_dim\n",
+        "self.config.scale,\n", "self.config.scale or 1 / self.head_dim,\n",
         (MULTI_HEAD, LLAMA),
     ),
     Bug(

@@ -28,7 +28,7 @@ from octavo.nn.attention import Attention
 from octavo.nn.contracts import Dims, Inputs
 from octavo.nn.mlp import Glu
 from octavo.nn.norm import LayerNorm, RMSNorm
-from octavo.nn.position import RotaryPositions, Rotation, rope_frequencies, sinusoid
+from octavo.nn.position import PositionDims, RotaryPositions, Rotation, rope_frequencies, sinusoid
 from octavo.nn.state import place
 
 
@@ -115,7 +115,7 @@ def test_grouped_heads_equal_repeated_ones(backend, n_kv_heads):
 
 
 def rotation(T: int, K: int, layout: str) -> Rotation:
-    return RotaryPositions(RotaryPositions.Config(layout=layout), 0, K, 0).rotation(torch.arange(T)[None])
+    return RotaryPositions(RotaryPositions.Config(layout=layout), PositionDims(0, K, 0)).rotation(torch.arange(T)[None])
 
 
 @pytest.mark.rows("R4")

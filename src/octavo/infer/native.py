@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from octavo.models.decoder import Decoder
-from octavo.nn.attention import Attention, FullReader
+from octavo.nn.attention import Attention
 from octavo.nn.kernels import build
 from octavo.nn.mlp import Glu, Mlp
 from octavo.nn.norm import RMSNorm
 from octavo.nn.position import RotaryPositions
+from octavo.nn.reader import FullReader
 from octavo.nn.state import ContiguousState
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
@@ -66,8 +67,8 @@ def unsuitable(model: Any, state: Any) -> str:
             return "a residual scale"
         if type(attention) is not Attention or type(attention.reader) is not FullReader:
             return "not full attention"
-        if attention.config.softcap is not None:
-            return "capped attention"
+        if attention.config.softcap is not None or not attention.config.rotate:
+            return "capped attention, or layers that do not rotate"
         if type(channel) not in (Glu, Mlp) or channel.config.activation not in ACTIVATIONS:  # type: ignore[union-attr]
             return "not a GLU or MLP with a usual activation"
         heads = [attention.q_norm, attention.k_norm]

@@ -15,7 +15,7 @@ from octavo.errors import UnsupportedError
 from octavo.models.block import Block, BlockConfig
 from octavo.nn.contracts import Aux, Capabilities, Context, Dims, Head, Inputs, Mixer, Outputs
 from octavo.nn.norm import RMSNorm
-from octavo.nn.position import RotaryPositions
+from octavo.nn.position import PositionDims, RotaryPositions
 from octavo.nn.projection import Embedding, InitConfig, Projection, initialise
 from octavo.nn.state import ContiguousState, State, StateSpec, place
 from octavo.nn.tables import NORMS, POSITIONS
@@ -44,6 +44,7 @@ class Decoder(nn.Module):
         pattern: tuple[str, ...] | None = None
         norm: one_of(NORMS) = RMSNorm.Config()  # type: ignore[valid-type]
         positions: one_of(POSITIONS) = RotaryPositions.Config()  # type: ignore[valid-type]
+        causal: bool = Field(default=True, description="false: every token reads the whole document")
         final_norm: bool = True
         tie_embeddings: bool = True
         head_bias: bool = False
@@ -62,24 +63,31 @@ class Decoder(nn.Module):
                 raise ValueError(f"pattern names unknown blocks {unknown}; blocks has {sorted(self.blocks)}")
             for name, block in self.blocks.items():
                 mixer = block.mixer
-                heads = getattr(mixer, "n_heads", None)
+                heads = getattr(mixer, "n_heads", None) if hasattr(mixer, "rotary_width") else None
                 if heads and not getattr(mixer, "head_dim", None) and self.d_model % heads:
                     raise ValueError(
                         f"blocks.{name}.mixer.n_heads = {heads} must divide d_model = {self.d_model}, "
                         "or head_dim must be given"
                     )
-            if len({width for width in self.head_dims() if width}) > 1 and self.positions.kind == "rope":
-                raise ValueError(f"one rotary table serves one head width, the blocks have {sorted(self.head_dims())}")
-            for width in self.head_dims() if self.positions.kind == "rope" else ():
+            if len(self.rotary_widths()) > 1 and self.positions.kind == "rope":
+                widths = sorted(self.rotary_widths())
+                raise ValueError(f"one rotary table serves one head width, the blocks have {widths}")
+            for width in self.rotary_widths() if self.positions.kind == "rope" else ():
                 self.positions.check(width)
             if self.padding_id is not None and self.vocab_size is not None and self.padding_id >= self.vocab_size:
                 raise ValueError(f"padding_id = {self.padding_id} must be below vocab_size = {self.vocab_size}")
             return self
 
-        def head_dims(self) -> set[int]:
-            """The head widths of the blocks that have heads."""
-            mixers = [block.mixer for block in self.blocks.values()]
-            return {m.head_dim or self.d_model // m.n_heads for m in mixers if getattr(m, "n_heads", None)}
+        def rotary_widths(self) -> set[int]:
+            """The widths of what the blocks' mixers rotate."""
+            mixers = [block.mixer for block in self.blocks.values() if hasattr(block.mixer, "rotary_width")]
+            return {width for mixer in mixers if (width := mixer.rotary_width(self.d_model))}
+
+        def position_dims(self) -> PositionDims:
+            """What the position scheme is told."""
+            heads = {mixer.n_heads for block in self.blocks.values() if hasattr(mixer := block.mixer, "n_heads")}
+            width = next(iter(self.rotary_widths()), self.d_model)
+            return PositionDims(self.d_model, width, self.max_seq_len, heads.pop() if len(heads) == 1 else None)
 
         def layer_names(self) -> list[str]:
             """The block of each layer, first to last."""
@@ -92,9 +100,7 @@ class Decoder(nn.Module):
         self.config, D, V = config, config.d_model, config.vocab_size
         self.vocab_size, self.max_seq_len = V, config.max_seq_len
         self.embed = Embedding(V, D, "embed", padding_id=config.padding_id)
-        head_dim = next(iter(config.head_dims()), D)
-        positions = component(POSITIONS, config.positions.kind)
-        self.positions = positions(config.positions, D, head_dim, config.max_seq_len)
+        self.positions = component(POSITIONS, config.positions.kind)(config.positions, config.position_dims())
         dims = [Dims(D, config.n_layers, config.max_seq_len, depth) for depth in range(config.n_layers)]
         self.blocks = nn.ModuleList(
             Block(config.blocks[name], config.norm, d) for name, d in zip(config.layer_names(), dims, strict=True)
@@ -104,9 +110,8 @@ class Decoder(nn.Module):
         self.norm = norm(config.norm, D) if config.final_norm else nn.Identity()
         self.head = None if config.tie_embeddings else Projection(D, V, "head", bias=config.head_bias)
         self.head_bias = nn.Parameter(torch.zeros(V)) if config.tie_embeddings and config.head_bias else None
-        named = [(f"{type(mixer).__name__} ({name})", mixer.capabilities) for name, mixer in self.mixers().items()]
-        self._not_incremental = next((name for name, can in named if not can.incremental), "")
-        self._not_packed = next((name for name, can in named if not can.packed), "")
+        if config.causal and (name := self._unable("causal")):
+            raise UnsupportedError(f"{name} reads ahead", fix="set causal to false, or use another mixer")
         if self.embed.weight.device.type != "meta":
             initialise(self, config.init, config.n_layers, generator)
 
@@ -123,16 +128,16 @@ class Decoder(nn.Module):
             raise UnsupportedError(
                 f"the decoder has no output {sorted(unknown)}", fix=f"ask for some of {', '.join(NEEDS)}"
             )
-        if state is not None and self._not_incremental:
-            raise UnsupportedError(
-                f"{self._not_incremental} cannot decode with a state", fix="read whole texts instead"
-            )
-        if inputs.doc_ids is not None and self._not_packed:
-            raise UnsupportedError(f"{self._not_packed} cannot keep packed documents apart", fix="give one a row")
+        if state is not None and (name := self._unable("incremental")):
+            raise UnsupportedError(f"{name} cannot decode with a state", fix="read whole texts instead")
+        if inputs.doc_ids is not None and (name := self._unable("packed")):
+            raise UnsupportedError(f"{name} cannot keep packed documents apart", fix="give one a row")
+        inputs, moved = inputs.with_padding_last()
         ctx = state.begin(inputs) if state is not None else place(inputs)[0]
-        ctx.record = needs & {"attention"}
+        ctx.record, ctx.causal = needs & {"attention"}, self.config.causal
         self._check_length(inputs.tokens.shape[1], ctx.positions)
         ctx.rotation = self.positions.rotation(ctx.positions)
+        ctx.bias = self.positions.bias if self.positions.biased else None
         x = self.embed(inputs.tokens)
         if self.config.embed_scale != 1:  # rounded to the stream's dtype first, as checkpoints were trained
             x = x * torch.full((), self.config.embed_scale, dtype=x.dtype, device=x.device)
@@ -141,15 +146,24 @@ class Decoder(nn.Module):
         x = F.dropout(x, self.config.embed_dropout, self.training)
         states, aux = [x], {}
         x, aux = self._stack(x, ctx, state, states if "hidden_states" in needs else None)
-        hidden = self.norm(x)
+        hidden, maps = self.norm(x), tuple(ctx.recorded.get("attention", ()))
+        if moved is not None:  # padding back to where it was
+            hidden, *states = (h.gather(1, moved[:, :, None].expand_as(h)) for h in (hidden, *states))
+            maps = tuple(_move_back(weights, moved, both=state is None) for weights in maps)
         return Outputs(
             logits=self.logits(hidden) if "logits" in needs else None,
             hidden=hidden if "hidden" in needs else None,
             hidden_states=(*states[:-1], hidden) if "hidden_states" in needs else None,
-            attention=tuple(ctx.recorded.get("attention", ())) if "attention" in needs else None,
+            attention=maps if "attention" in needs else None,
             head=self.output_head() if "head" in needs else None,
             aux=aux,
         )
+
+    def _unable(self, promise: str) -> str:
+        """The first mixer that does not promise something, by name."""
+        unable = (n for n, mixer in self.mixers().items() if not getattr(mixer.capabilities, promise))
+        name = next(unable, None)
+        return f"{type(self.mixers()[name]).__name__} ({name})" if name else ""
 
     def _stack(self, x: Tensor, ctx: Context, state: State | None, keep: list[Tensor] | None) -> tuple[Tensor, Aux]:
         aux: Aux = {}
@@ -210,6 +224,12 @@ class Decoder(nn.Module):
         """What all mixers promise together."""
         all_of = [mixer.capabilities for mixer in self.mixers().values()]
         return Capabilities(**{f: all(getattr(c, f) for c in all_of) for f in Capabilities.__dataclass_fields__})
+
+
+def _move_back(weights: Tensor, moved: Tensor, *, both: bool) -> Tensor:
+    """Attention maps (B, H, T, S) of rows whose padding was moved, in the order of the inputs; keys too if ``both``."""
+    weights = weights.gather(2, moved[:, None, :, None].expand_as(weights))
+    return weights.gather(3, moved[:, None, None, :].expand_as(weights)) if both else weights
 
 
 MODELS: dict[str, type[Decoder]] = {"decoder": Decoder}

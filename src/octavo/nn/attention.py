@@ -1,68 +1,21 @@
-"""Softmax attention over a row's own tokens: multi-head, grouped-query, multi-query, full or windowed."""
+"""Softmax attention over a row's own tokens: multi-head, grouped-query, multi-query, with any reader."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from octavo.nn.attend import ATTENDS, Attend, AttendName, attention_weights, by_ranges, sdpa
-from octavo.nn.contracts import Aux, Capabilities, Context, Dims, Keys, Mixer
-from octavo.nn.kernels.attention import causal
+from octavo.nn.attend import ATTENDS, Attend, AttendName, sdpa
+from octavo.nn.contracts import Aux, Context, Dims, Mixer
 from octavo.nn.norm import LayerNorm, Norm, RMSNorm
 from octavo.nn.projection import Projection
-from octavo.nn.state import LayerState, StateField, StateSpec
+from octavo.nn.reader import READERS, FullReader, Reader, Reading, WindowReader
+from octavo.nn.state import LayerState, StateSpec
 from octavo.schema import Config, component, one_of
 
 HEAD_NORMS: dict[str, type[Norm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
-
-
-class Reader(ABC):
-    """Which keys are read, at which positions, cached how: the part of attention that has no weights.
-
-    Replaceable on a loaded model, because nothing here was trained.
-    """
-
-    causal = True
-    window: int | None = None
-
-    @abstractmethod
-    def state_spec(self, n_kv_heads: int, head_dim: int) -> StateSpec:
-        """What must be kept between calls."""
-
-    @abstractmethod
-    def gather(self, k: Tensor, v: Tensor, ctx: Context, state: LayerState | None) -> tuple[Keys, Tensor, Tensor]:
-        """The keys and values to read, (B, S, G, K) each, given the rotated new ones (B, T, G, K)."""
-
-
-class FullReader(Reader):
-    """Every earlier token of the document."""
-
-    kind: Literal["token", "ring"] = "token"
-
-    def state_spec(self, n_kv_heads: int, head_dim: int) -> StateSpec:
-        entry = StateField(self.kind, (n_kv_heads, head_dim), length=self.window)
-        return {"k": entry, "v": entry}
-
-    def gather(self, k: Tensor, v: Tensor, ctx: Context, state: LayerState | None) -> tuple[Keys, Tensor, Tensor]:
-        if state is None:
-            return ctx.keys, k, v
-        keys, held = state.append(ctx, k=k, v=v)
-        return keys, held["k"], held["v"]
-
-
-class WindowReader(FullReader):
-    """The last ``window`` tokens, itself included (Beltagy et al. 2020, section 3.1).
-
-    They are kept in a ring of constant size, unless that would be larger than all tokens of a text of
-    max_seq_len: published windows go up to 262144 tokens where the context has 4096.
-    """
-
-    def __init__(self, window: int, max_seq_len: int | None = None):
-        self.window = window
-        self.kind = "ring" if max_seq_len is None or window < max_seq_len else "token"
 
 
 class Attention(Mixer):
@@ -73,10 +26,9 @@ class Attention(Mixer):
     before the rotation (Dehghani et al. 2023, section 2): each head's own (Qwen3), or with qk_norm_over
     ``all`` heads' channels as one vector (OLMo 2: Walsh et al. 2024). ``softcap`` c keeps scores within
     (-c, c) by c tanh(s / c) (Gemma 2: Gemma Team 2024, section 2). ``dropout`` acts on the probabilities, after
-    the softmax.
+    the softmax. ``reader`` says which keys are read; ``window`` is short for the reader of that name. ``rotate``
+    false leaves this layer's queries and keys as they are.
     """
-
-    capabilities = Capabilities()
 
     class Config(Config):
         kind: Literal["attention"] = "attention"
@@ -84,6 +36,8 @@ class Attention(Mixer):
         n_kv_heads: int | None = Field(default=None, ge=1, description="default: n_heads")
         head_dim: int | None = Field(default=None, ge=1, description="default: d_model / n_heads")
         window: int | None = Field(default=None, ge=1, description="read only this many last tokens")
+        reader: one_of(READERS) | None = None  # type: ignore[valid-type]
+        rotate: bool = Field(default=True, description="by the model's rotary positions, if it has them")
         qkv_bias: bool = False
         o_bias: bool = False
         qk_norm: one_of(HEAD_NORMS) | None = None  # type: ignore[valid-type]
@@ -100,7 +54,12 @@ class Attention(Mixer):
                 raise ValueError(
                     f"n_kv_heads = {self.n_kv_heads} must divide n_heads = {self.n_heads}; use {', '.join(divisors)}"
                 )
+            if self.window is not None and self.reader is not None:
+                raise ValueError("window is short for a reader; give one of window and reader")
             return self
+
+        def rotary_width(self, d_model: int) -> int | None:
+            return (self.head_dim or d_model // self.n_heads) if self.rotate else None
 
     def __init__(self, config: Attention.Config, dims: Dims):
         super().__init__()
@@ -116,9 +75,15 @@ class Attention(Mixer):
         together = config.qk_norm_over == "all"
         self.q_norm: Norm | None = make(config.qk_norm, H * K if together else K) if make else None
         self.k_norm: Norm | None = make(config.qk_norm, G * K if together else K) if make else None
-        self.reader: Reader = WindowReader(config.window, dims.max_seq_len) if config.window else FullReader()
+        chosen = WindowReader.Config(window=config.window) if config.window else config.reader or FullReader.Config()
+        self.use_reader(chosen, dims.max_seq_len)
         self.attend: Attend = ATTENDS.get(config.backend, sdpa)
         self.backend: AttendName = config.backend  # training puts what it chose in the place of auto
+
+    def use_reader(self, config: Config, max_seq_len: int) -> None:
+        """Read other keys from now on; states made before do not fit."""
+        self.reader: Reader = component(READERS, config.kind)(config, max_seq_len)  # type: ignore[attr-defined]
+        self.capabilities = self.reader.capabilities
 
     def state_spec(self) -> StateSpec:
         return self.reader.state_spec(self.n_kv_heads, self.head_dim)
@@ -131,29 +96,12 @@ class Attention(Mixer):
         if self.q_norm is not None and self.k_norm is not None:
             start = 2 if self.config.qk_norm_over == "all" else 3
             q, k = self.q_norm(q.flatten(start)).view_as(q), self.k_norm(k.flatten(start)).view_as(k)
-        if ctx.rotation is not None:
-            q, k = ctx.rotation(q), ctx.rotation(k)
-        keys, k, v = self.reader.gather(k, v, ctx, state)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        scale = self.config.scale
-        if self._by_ranges(q, k, v, ctx, state):
-            first = None if ctx.plain and self.reader.window is None else ctx.first_keys(self.reader.window)
-            return self.o(causal(q, k, v, first, scale=scale).transpose(1, 2).reshape(B, T, -1)), {}
-        # Only when nothing is packed, padded, cached or windowed does a flag say all that the mask would.
-        flag = ctx.plain and self.reader.causal and (self.reader.window is None or self.reader.window >= T)
-        mask = None if flag else ctx.mask(keys, causal=self.reader.causal, window=self.reader.window)
-        softcap = self.config.softcap
-        if "attention" in ctx.record:
-            weights = attention_weights(q, k, mask, causal=flag, scale=scale, softcap=softcap)
-            ctx.recorded.setdefault("attention", []).append(weights)
-        dropout = self.config.dropout if self.training else 0.0
-        y = self.attend(q, k, v, mask, causal=flag, scale=scale, softcap=softcap, dropout=dropout)
-        return self.o(y.transpose(1, 2).reshape(B, T, -1)), {}
-
-    def _by_ranges(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, state: LayerState | None) -> bool:
-        c = self.config
-        told = self.training and self.reader.causal and state is None and "attention" not in ctx.record
-        return told and not c.dropout and c.softcap is None and by_ranges(self.backend, q, k, v)
+        reading = Reading(
+            ctx.rotation if self.config.rotate else None, self.attend, self.backend, self.config.scale,
+            self.config.softcap, self.config.dropout if self.training else 0.0, self.training,
+        )  # fmt: skip
+        y = self.reader.read(q, k, v, ctx, state, reading)
+        return self.o(y.reshape(B, T, -1)), {}
 
     def flops(self, n_queries: int, n_keys: int) -> int:
         projections = sum(p.d_in * p.d_out for p in (self.q, self.k, self.v, self.o))
@@ -163,6 +111,13 @@ class Attention(Mixer):
         norms = [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
         products = sum(p.n_parameters() for p in (self.q, self.k, self.v, self.o))
         return products + sum(norm.predicted_parameters() for norm in norms)
+
+
+def use_reader(model: nn.Module, config: Config, max_seq_len: int) -> None:
+    """Let every attention of ``model`` read as ``config`` says (one of READERS), for texts up to ``max_seq_len``."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.use_reader(config, max_seq_len)
 
 
 def use_backend(model: nn.Module, backend: AttendName) -> None:

@@ -7,8 +7,9 @@ H query heads, G key/value heads, K head width, V vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ class Capabilities:
     causal: the output at a token depends on no later token. packed: documents in one row do not mix.
     incremental: prefill and decode in any cut equal one full pass. batch_independent: a row alone equals
     the row in a batch. constant_state: state bytes do not grow with the length. compilable: torch.compile
-    traces it without a graph break.
+    traces it without a graph break. What is not causal works only in a model that reads both ways.
     """
 
     causal: bool = True
@@ -63,8 +64,10 @@ class Context:
     positions (B, T) feed rotary tables and biases; slots (B, T) count the valid tokens of a row and order
     them (the two differ in packed rows, where positions restart); doc_ids (B, T); valid (B, T) is False on
     padding; starts (B, T) is True where a token begins another document than the valid token before it, the
-    one place where a recurrence resets. ``plain`` says that nothing is packed, padded or cached, so that a
-    causal flag can stand for the mask.
+    one place where a recurrence resets. Padding stands at the end of each row, whatever the inputs were.
+    ``plain`` says that nothing is packed, padded or cached, so that a causal flag can stand for the mask;
+    without ``restarts`` no document begins but at a row's first token. ``causal`` is False in a model that reads
+    both ways. ``rotation`` and ``bias`` are what the position scheme gives to attention.
     """
 
     positions: Tensor
@@ -74,11 +77,15 @@ class Context:
     starts: Tensor
     plain: bool
     keys: Keys
+    restarts: bool = True
+    causal: bool = True
     rotation: Rotation | None = None
+    bias: Callable[[Context, Keys], Tensor] | None = None
     record: frozenset[str] = frozenset()
     recorded: dict[str, list[Tensor]] = field(default_factory=dict)
     _masks: dict[tuple[bool, int | None], Tensor] = field(default_factory=dict)
     _first_keys: dict[int | None, Tensor] = field(default_factory=dict)
+    _bias: Tensor | None = None
 
     def mask(self, keys: Keys, *, causal: bool = True, window: int | None = None) -> Tensor:
         """The mask rule: who may read whom, (B, 1, T, S), True where reading is allowed.
@@ -100,6 +107,16 @@ class Context:
         if shared:
             self._masks[causal, window] = mask
         return mask
+
+    def score_bias(self, keys: Keys) -> Tensor | None:
+        """What the position scheme adds to scaled scores, (1 or B, H, T, S), or None."""
+        if self.bias is None:
+            return None
+        if keys is not self.keys:
+            return self.bias(self, keys)
+        if self._bias is None:  # every layer over the same keys asks for the same
+            self._bias = self.bias(self, keys)
+        return self._bias
 
     def first_keys(self, window: int | None = None) -> Tensor:
         """The mask rule as ranges, (B, T) int32: token t may read the tokens from the one given to itself.
@@ -123,13 +140,22 @@ class Inputs:
 
     tokens (B, T) int64. Optional: valid (B, T) bool, False on padding, on either side; doc_ids (B, T) for
     packed rows, another for each document of a row; positions (B, T), by default counted from each
-    document's start.
+    document's start. ``padding`` "end" is the caller's word that padding stands at the end of every row.
     """
 
     tokens: Tensor
     valid: Tensor | None = None
     doc_ids: Tensor | None = None
     positions: Tensor | None = None
+    padding: Literal["anywhere", "end"] = "anywhere"
+
+    def with_padding_last(self) -> tuple[Inputs, Tensor | None]:
+        """The same rows with padding moved to the end, and where each token went, (B, T); None if nothing moved."""
+        if self.valid is None or self.padding == "end":
+            return self, None
+        order = (~self.valid).byte().argsort(dim=1, stable=True)
+        named = (None if t is None else t.gather(1, order) for t in (self.valid, self.doc_ids, self.positions))
+        return Inputs(self.tokens.gather(1, order), *named, padding="end"), order.argsort(1)
 
 
 class Head(NamedTuple):
@@ -149,8 +175,9 @@ class Outputs:
 
     logits (B, T, V). hidden (B, T, D): the normed last hidden state. hidden_states: the embedding output,
     the output of layers 1 to n-1, and the normed last, n+1 tensors. attention: one (B, H, T, S) per
-    attention layer. head: what makes logits of ``hidden``, for a loss that never holds them all. aux: additive
-    figures by name, each a sum over valid tokens.
+    attention layer. head: what makes logits of ``hidden``, for a loss that never holds them all. aux: figures by
+    name, each a sum over valid tokens, added up over layers: those whose name begins with ``loss.`` belong to what
+    is trained on, the others (without gradient) to the metrics.
     """
 
     logits: Tensor | None = None
@@ -173,7 +200,7 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor, ctx: Context, state: LayerState | None = None) -> tuple[Tensor, Aux]:
-        """Mix ``x`` (B, T, D) into (B, T, D); ``aux`` holds figures that add up over layers, handed on in Outputs."""
+        """Mix ``x`` (B, T, D) into (B, T, D); ``aux`` holds figures that add up over layers, see ``Outputs``."""
 
     def state_spec(self) -> StateSpec:
         """The fields this mixer keeps between calls, by name; none by default."""

@@ -1,33 +1,48 @@
-"""Position schemes: what is added to the embedding, and what turns queries and keys.
+"""Position schemes: what is added to the embedding, what turns queries and keys, what is added to scores.
 
-A scheme may add to the input (learned, sinusoidal) or give the rotation that attention applies (RoPE). The
-two are different components: the sum of an embedding and a sinusoid is not a rotation.
+A scheme may add to the input (learned, sinusoidal), give the rotation that attention applies (RoPE), or a bias of
+its scores. They are different components: the sum of an embedding and a sinusoid is not a rotation.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from octavo.nn.contracts import Context, Keys
 from octavo.nn.projection import Embedding
 from octavo.schema import Config, component, one_of
 
 RotaryLayout = Literal["half", "interleaved"]
 
 
+class PositionDims(NamedTuple):
+    """What a position scheme may know about the model. n_heads is None where the blocks differ."""
+
+    d_model: int
+    head_dim: int
+    max_seq_len: int
+    n_heads: int | None = None
+
+
 @dataclass
 class Rotation:
-    """Rotary tables of one forward pass: cos and sin (B, T, R/2) for the first R of K channels."""
+    """Rotary tables of one forward pass: cos and sin (B, T, R/2) for the first R of K channels.
+
+    ``at`` gives the rotation for other positions (B, S): for keys that are kept as they were before rotation.
+    """
 
     cos: Tensor
     sin: Tensor
     layout: RotaryLayout
+    at: Callable[[Tensor], Rotation]
 
     def __call__(self, x: Tensor) -> Tensor:
         """Turn x (B, T, H, K) by its token's position. fp32 tables; the result has x's dtype."""
@@ -47,6 +62,7 @@ class Positions(nn.Module, ABC):
     """The contract of a position scheme: built once for the model, asked once a forward."""
 
     max_positions: int | None = None  # a hard limit, where a table ends
+    biased = False  # whether ``bias`` is to be asked
     beyond = "shorten the text or use rope"  # the way out for a text beyond it
 
     @abstractmethod
@@ -56,6 +72,10 @@ class Positions(nn.Module, ABC):
     def rotation(self, positions: Tensor) -> Rotation | None:
         """The rotation for positions (B, T), or None."""
         return None
+
+    def bias(self, ctx: Context, keys: Keys) -> Tensor:
+        """What is added to the scaled scores of queries ``ctx`` and ``keys``: (1 or B, H, T, S) float."""
+        raise TypeError(f"{type(self).__name__} adds nothing to scores")
 
     def predicted_parameters(self) -> int:
         return 0
@@ -67,7 +87,7 @@ class NoPositions(Positions):
     class Config(Config):
         kind: Literal["none"] = "none"
 
-    def __init__(self, config: NoPositions.Config, d_model: int, head_dim: int, max_seq_len: int):
+    def __init__(self, config: NoPositions.Config, dims: PositionDims):
         super().__init__()
 
     def embed(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -80,10 +100,10 @@ class LearnedPositions(Positions):
     class Config(Config):
         kind: Literal["learned"] = "learned"
 
-    def __init__(self, config: LearnedPositions.Config, d_model: int, head_dim: int, max_seq_len: int):
+    def __init__(self, config: LearnedPositions.Config, dims: PositionDims):
         super().__init__()
-        self.max_positions = max_seq_len
-        self.table = Embedding(max_seq_len, d_model, "position")
+        self.max_positions = dims.max_seq_len
+        self.table = Embedding(dims.max_seq_len, dims.d_model, "position")
 
     def embed(self, x: Tensor, positions: Tensor) -> Tensor:
         return x + self.table(positions)
@@ -117,9 +137,9 @@ class SinusoidalPositions(Positions):
         layout: RotaryLayout = "interleaved"
         base: float = Field(default=10000.0, gt=1)
 
-    def __init__(self, config: SinusoidalPositions.Config, d_model: int, head_dim: int, max_seq_len: int):
+    def __init__(self, config: SinusoidalPositions.Config, dims: PositionDims):
         super().__init__()
-        self.config, self.d_model = config, d_model
+        self.config, self.d_model = config, dims.d_model
 
     def embed(self, x: Tensor, positions: Tensor) -> Tensor:
         return x + sinusoid(positions, self.d_model, self.config.layout, self.config.base).to(x.dtype)
@@ -213,12 +233,12 @@ class RotaryPositions(Positions):
             if scaling is not None and hasattr(scaling, "check"):
                 scaling.check(int(head_dim * self.fraction) // 2)
 
-    def __init__(self, config: RotaryPositions.Config, d_model: int, head_dim: int, max_seq_len: int):
+    def __init__(self, config: RotaryPositions.Config, dims: PositionDims):
         super().__init__()
         self.config = config
-        self.dim = int(head_dim * config.fraction) // 2 * 2
+        self.dim = int(dims.head_dim * config.fraction) // 2 * 2
         make = component(ROPE_SCALINGS, config.scaling.kind) if config.scaling else None
-        self.scaling: RopeScaling | None = make(config.scaling, max_seq_len) if make else None
+        self.scaling: RopeScaling | None = make(config.scaling, dims.max_seq_len) if make else None
         if self.scaling is not None and self.scaling.limit is not None:
             self.max_positions = self.scaling.limit
             self.beyond = f"shorten the text, or build the model with max_seq_len above {self.scaling.limit}"
@@ -241,4 +261,4 @@ class RotaryPositions(Positions):
         if self.scaling is not None:
             cos, sin = cos * self.scaling.magnitude, sin * self.scaling.magnitude
         sin = -sin if self.config.reverse else sin
-        return Rotation(cos, sin, self.config.layout)
+        return Rotation(cos, sin, self.config.layout, self.rotation)

@@ -128,7 +128,8 @@ def place(
     seen = latest[:, -1:] >= 0
     last = torch.where(seen, doc_ids.gather(1, latest[:, -1:].clamp(min=0)), last_doc[:, None])[:, 0]
     keys = Keys(torch.where(valid, slots, -1), doc_ids)
-    ctx = Context(positions, slots, doc_ids, valid, starts, plain and fresh, keys)
+    restarts = inputs.doc_ids is not None or not fresh
+    ctx = Context(positions, slots, doc_ids, valid, starts, plain and fresh, keys, restarts)
     return ctx, lengths + valid.sum(1), last, begin[:, -1]
 
 

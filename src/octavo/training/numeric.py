@@ -11,14 +11,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from octavo.batch import Batch
+from octavo.batch import TENSORS, Batch
 from octavo.errors import NumericError, ResourceError
 from octavo.training import checkpoint
 from octavo.training.optim import Optimizer
@@ -147,7 +146,7 @@ class Guard:
             for group in self.optimizer.groups
             for name, gradient in zip(group.names, group.views(group.total), strict=True)
         ]
-        tensors = {f"batch/{f.name}": getattr(batch, f.name) for f in fields(batch) if f.name != "extra"}
+        tensors = {f"batch/{name}": getattr(batch, name) for name in TENSORS}
         tensors |= {f"batch/{name}": tensor for name, tensor in batch.extra.items()}
         tensors |= {name: tensor for name, tensor in self.optimizer.tensors() if name.startswith("model/")}
         state = {

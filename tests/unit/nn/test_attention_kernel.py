@@ -350,7 +350,7 @@ def test_training_through_the_kernel_equals_plain_attention(kind):
 
 def kernels_called(monkeypatch, made: Attention, grad: bool = True, **named) -> int:
     calls = []
-    monkeypatch.setattr("octavo.nn.attention.causal", lambda *a, **n: calls.append(1) or kernel.causal(*a, **n))
+    monkeypatch.setattr("octavo.nn.reader.causal", lambda *a, **n: calls.append(1) or kernel.causal(*a, **n))
     with torch.set_grad_enabled(grad):
         ctx = named.pop("ctx", None) or context(2, 10, "causal")[0]
         made(torch.randn(2, 10, 64, dtype=made.q.weight.dtype), ctx, **named)

@@ -11,7 +11,7 @@ from octavo.errors import UnsupportedError
 from octavo.laws.subject import randomise
 from octavo.models.decoder import Decoder, build
 from octavo.nn.contracts import Inputs
-from octavo.nn.position import RotaryPositions, SinusoidalPositions, sinusoid
+from octavo.nn.position import PositionDims, RotaryPositions, SinusoidalPositions, sinusoid
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def model(positions: dict, max_seq_len: int = 8, **mixer):
 
 
 def turn(positions: torch.Tensor, x: torch.Tensor, **values) -> torch.Tensor:
-    scheme = RotaryPositions(RotaryPositions.Config(**values), 0, x.shape[-1], 0)
+    scheme = RotaryPositions(RotaryPositions.Config(**values), PositionDims(0, x.shape[-1], 0))
     return scheme.rotation(positions)(x)
 
 
@@ -68,8 +68,8 @@ def test_the_two_layouts_are_different_tables():
 def test_adding_and_turning_are_two_things():
     """E4: sinusoids are added before the first block, a rotation acts on queries and keys."""
     x, positions = random(1, 4, 8), torch.arange(4)[None]
-    added = SinusoidalPositions(SinusoidalPositions.Config(), 8, 4, 16)
-    turned = RotaryPositions(RotaryPositions.Config(), 8, 4, 16)
+    added = SinusoidalPositions(SinusoidalPositions.Config(), PositionDims(8, 4, 16))
+    turned = RotaryPositions(RotaryPositions.Config(), PositionDims(8, 4, 16))
     assert added.rotation(positions) is None
     torch.testing.assert_close(added.embed(x, positions) - x, sinusoid(positions, 8, "interleaved").double())
     assert torch.equal(turned.embed(x, positions), x)
