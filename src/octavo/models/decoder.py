@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from octavo.errors import UnsupportedError
 from octavo.models.block import Block, BlockConfig
-from octavo.nn.contracts import Aux, Capabilities, Context, Dims, Head, Inputs, Mixer, Outputs
+from octavo.nn.contracts import Aux, Capabilities, Context, Dims, Head, Heads, Inputs, Mixer, Outputs
 from octavo.nn.norm import RMSNorm
 from octavo.nn.position import PositionDims, RotaryPositions
 from octavo.nn.projection import Embedding, InitConfig, Projection, initialise
 from octavo.nn.state import ContiguousState, State, StateSpec, place
-from octavo.nn.tables import NORMS, POSITIONS
+from octavo.nn.tables import NORMS, POSITIONS, TOKEN_MIXERS
 from octavo.schema import Config, component, one_of
 
 NEEDS = ("logits", "hidden", "hidden_states", "attention", "head")
@@ -61,33 +61,34 @@ class Decoder(nn.Module):
                 raise ValueError("blocks must name at least one block")
             if unknown := [name for name in self.pattern or () if name not in self.blocks]:
                 raise ValueError(f"pattern names unknown blocks {unknown}; blocks has {sorted(self.blocks)}")
-            for name, block in self.blocks.items():
-                mixer = block.mixer
-                heads = getattr(mixer, "n_heads", None) if hasattr(mixer, "rotary_width") else None
-                if heads and not getattr(mixer, "head_dim", None) and self.d_model % heads:
-                    raise ValueError(
-                        f"blocks.{name}.mixer.n_heads = {heads} must divide d_model = {self.d_model}, "
-                        "or head_dim must be given"
-                    )
-            if len(self.rotary_widths()) > 1 and self.positions.kind == "rope":
-                widths = sorted(self.rotary_widths())
-                raise ValueError(f"one rotary table serves one head width, the blocks have {widths}")
-            for width in self.rotary_widths() if self.positions.kind == "rope" else ():
+            widths = {heads.rotary_width for heads in self.heads() if heads.rotary_width}
+            if len(widths) > 1 and self.positions.kind == "rope":
+                raise ValueError(f"one rotary table serves one head width, the blocks have {sorted(widths)}")
+            for width in widths if self.positions.kind == "rope" else ():
                 self.positions.check(width)
             if self.padding_id is not None and self.vocab_size is not None and self.padding_id >= self.vocab_size:
                 raise ValueError(f"padding_id = {self.padding_id} must be below vocab_size = {self.vocab_size}")
             return self
 
-        def rotary_widths(self) -> set[int]:
-            """The widths of what the blocks' mixers rotate."""
-            mixers = [block.mixer for block in self.blocks.values() if hasattr(block.mixer, "rotary_width")]
-            return {width for mixer in mixers if (width := mixer.rotary_width(self.d_model))}
+        def heads(self) -> list[Heads]:
+            """The heads of the blocks that have any.
+
+            Raises:
+                ValueError: a block whose heads do not fit d_model.
+            """
+            found = []
+            for name, block in self.blocks.items():
+                try:
+                    found.append(component(TOKEN_MIXERS, block.mixer.kind).heads(block.mixer, self.d_model))
+                except ValueError as error:
+                    raise ValueError(f"blocks.{name}.mixer.{error}") from None
+            return [heads for heads in found if heads is not None]
 
         def position_dims(self) -> PositionDims:
             """What the position scheme is told."""
-            heads = {mixer.n_heads for block in self.blocks.values() if hasattr(mixer := block.mixer, "n_heads")}
-            width = next(iter(self.rotary_widths()), self.d_model)
-            return PositionDims(self.d_model, width, self.max_seq_len, heads.pop() if len(heads) == 1 else None)
+            numbers = {heads.n_heads for heads in self.heads()}
+            width = next((heads.rotary_width for heads in self.heads() if heads.rotary_width), self.d_model)
+            return PositionDims(self.d_model, width, self.max_seq_len, numbers.pop() if len(numbers) == 1 else None)
 
         def layer_names(self) -> list[str]:
             """The block of each layer, first to last."""

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from octavo.nn.attend import ATTENDS, Attend, AttendName, sdpa
-from octavo.nn.contracts import Aux, Context, Dims, Mixer
+from octavo.nn.contracts import Aux, Context, Dims, Heads, Mixer
 from octavo.nn.norm import LayerNorm, Norm, RMSNorm
 from octavo.nn.projection import Projection
 from octavo.nn.reader import READERS, FullReader, Reader, Reading, WindowReader
@@ -58,8 +58,11 @@ class Attention(Mixer):
                 raise ValueError("window is short for a reader; give one of window and reader")
             return self
 
-        def rotary_width(self, d_model: int) -> int | None:
-            return (self.head_dim or d_model // self.n_heads) if self.rotate else None
+    @classmethod
+    def heads(cls, config: Attention.Config, d_model: int) -> Heads:
+        if not config.head_dim and d_model % config.n_heads:
+            raise ValueError(f"n_heads = {config.n_heads} must divide d_model = {d_model}, or head_dim must be given")
+        return Heads(config.n_heads, (config.head_dim or d_model // config.n_heads) if config.rotate else 0)
 
     def __init__(self, config: Attention.Config, dims: Dims):
         super().__init__()

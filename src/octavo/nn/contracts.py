@@ -188,6 +188,13 @@ class Outputs:
     aux: Aux = field(default_factory=dict)
 
 
+class Heads(NamedTuple):
+    """The heads of an attention layer; ``rotary_width`` channels of each are rotated, 0: none."""
+
+    n_heads: int
+    rotary_width: int
+
+
 class Mixer(nn.Module, ABC):
     """The one contract of token mixers and channel mixers.
 
@@ -201,6 +208,11 @@ class Mixer(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Tensor, ctx: Context, state: LayerState | None = None) -> tuple[Tensor, Aux]:
         """Mix ``x`` (B, T, D) into (B, T, D); ``aux`` holds figures that add up over layers, see ``Outputs``."""
+
+    @classmethod
+    def heads(cls, config: Any, d_model: int) -> Heads | None:
+        """What the position scheme has to serve: rotated queries and keys, biased scores. None: neither."""
+        return None
 
     def state_spec(self) -> StateSpec:
         """The fields this mixer keeps between calls, by name; none by default."""
