@@ -6,11 +6,9 @@ caught when a test of the properties or of parity fails (not when a test cannot 
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-
 import pytest
-from planting import Change, Planter
+from planted import Bug, check_bug, check_control
+from planting import Planter
 
 ATTENTION_LAWS = "tests/laws/test_models.py::test_every_mixer_in_every_use[attention]"
 OBJECTIVE_LAWS = "tests/laws/test_objectives.py::test_every_objective"
@@ -21,17 +19,6 @@ SCHEDULES = "tests/parity/test_optim_parity.py::test_schedules_equal_torch_after
 LLAMA = "tests/parity/test_hub_parity.py::test_logits_and_every_hidden_state[llama]"
 GPT2 = "tests/parity/test_hub_parity.py::test_logits_and_every_hidden_state[gpt2]"
 MULTI_HEAD = "tests/parity/test_nn_parity.py::test_multi_head_equals_torch"
-
-
-@dataclass(frozen=True)
-class Bug:
-    """A mistake: where, what stands there, what is put there, and which tests ought to see it."""
-
-    kind: str
-    file: str
-    anchor: str
-    planted: str
-    tests: tuple[str, ...]
 
 
 BUGS = [
@@ -128,21 +115,12 @@ def planter(tmp_path_factory):
 
 
 def test_without_a_bug_the_same_tests_pass(planter):
-    """The control: the copy, the fork and every selected test work."""
-    tests = tuple(dict.fromkeys(test for bug in BUGS for test in bug.tests))
-    outcome = planter.run(tests)
-    assert outcome.code == 0, outcome.log[-3000:]
-    assert outcome.passed >= len(tests)
+    check_control(planter, BUGS)
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=[bug.kind for bug in BUGS])
 def test_a_planted_bug_is_caught(bug, planter, record_property):
-    outcome = planter.run(bug.tests, [Change(bug.file, bug.anchor, bug.planted)])
-    assert outcome.failed and not outcome.errors, f"nobody saw it: {outcome.log[-3000:]}"
-    laws = sorted(set(re.findall(r"(\w+): broken", outcome.log)))
-    said = f"{bug.kind}: caught by {', '.join([f'the law {law!r}' for law in laws] or outcome.failed)}"
-    record_property("caught", said)
-    print(said)
+    record_property("caught", check_bug(planter, bug))
 
 
 def test_there_is_a_bug_in_each_class():
