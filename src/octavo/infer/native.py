@@ -63,7 +63,7 @@ def unsuitable(model: Any, state: Any) -> str:
         attention, channel = parts["mixer"].mixer, parts["channel"].mixer if "channel" in parts else None
         if block.config.norm_placement != "pre" or block.config.topology != "sequential":
             return "norms not before the mixers, or parallel mixers"
-        if block.config.residual_scale != 1:
+        if block.residual_scale != 1:
             return "a residual scale"
         if type(attention) is not Attention or type(attention.reader) is not FullReader:
             return "not full attention"
@@ -103,7 +103,7 @@ class NativeStep:
         attention, channel = blocks[0]["mixer"].mixer, blocks[0]["channel"].mixer
         assert isinstance(attention, Attention) and isinstance(channel, (Glu, Mlp))
         rope = model.positions if isinstance(model.positions, RotaryPositions) else None
-        self.caches = [state.layers[f"{block.depth}.mixer"].buffers for block in model.stack()]
+        self.caches = [state.layers[f"{depth}.mixer"].buffers for depth in range(len(model.uses))]
         H, G, K = attention.n_heads, attention.n_kv_heads, attention.head_dim
         sizes = [
             model.config.d_model, H, G, K, channel.up.d_out, model.vocab_size, len(blocks),

@@ -99,9 +99,9 @@ def gradients(subject: Subject) -> None:
     model, tokens = subject.fresh(), subject.tokens(3)
 
     def loss() -> Tensor:
-        outputs = model(Inputs(tokens[:, :-1]))
+        outputs = model(Inputs(tokens[:, :-1]), needs=("logits", "multi_token"))
         ce = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
-        return ce + sum(value.sum() for value in outputs.aux.values())
+        return ce + sum(value.sum() for value in (*outputs.aux.values(), *(h.square() for h in outputs.multi_token)))
 
     loss().backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

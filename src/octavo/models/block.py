@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from octavo.nn.contracts import Aux, Context, Dims, Mixer
+from octavo.nn.projection import Projection
 from octavo.nn.state import State
 from octavo.nn.tables import CHANNEL_MIXERS, NORMS, TOKEN_MIXERS
 from octavo.schema import Config, component, one_of
@@ -23,9 +24,10 @@ class BlockConfig(Config):
     norm_placement, with f a mixer: ``pre`` x + f(N(x)) (GPT-2, Llama); ``branch`` x + N(f(x)) (OLMo 2: Walsh
     et al. 2024, equations 1 and 2); ``sandwich`` x + N(f(N(x))) (CogView: Ding et al. 2021; Gemma 2: Gemma Team
     2024, section 2); ``post`` N(x + f(x)), the Transformer of 2017.
-    residual_scale multiplies x in every sum (DeepNorm's alpha, Wang et al. 2022, section 4; 0 removes the
-    residual). topology ``parallel`` adds both mixers to the same x (GPT-J), with one norm for both if
-    ``shared_norm``.
+    residual_scale multiplies x in every sum (0 removes the residual). ``deepnorm``, for post, stands for Wang et al.
+    2022, section 4: alpha = (2 n_layers)^(1/4) there, and values, outputs and the channel mixer's weights start
+    (8 n_layers)^(-1/4) times as large. topology ``parallel`` adds both mixers to the same x (GPT-J), with one
+    norm for both if ``shared_norm``.
     """
 
     mixer: one_of(TOKEN_MIXERS, default="attention") = TOKEN_MIXERS["attention"].Config()  # type: ignore[valid-type]
@@ -33,7 +35,7 @@ class BlockConfig(Config):
     norm_placement: NormPlacement = "pre"
     topology: Literal["sequential", "parallel"] = "sequential"
     shared_norm: bool = False
-    residual_scale: float = Field(default=1.0, ge=0)
+    residual_scale: Annotated[float, Field(ge=0)] | Literal["deepnorm"] = 1.0
     dropout: float = Field(default=0.0, ge=0, lt=1, description="on each branch before it is added")
 
     @model_validator(mode="after")
@@ -42,7 +44,12 @@ class BlockConfig(Config):
             raise ValueError("norm_placement post normalises one sum after the other; topology parallel has one sum")
         if self.shared_norm and (self.topology != "parallel" or self.norm_placement != "pre"):
             raise ValueError("shared_norm needs topology parallel and norm_placement pre")
+        if self.residual_scale == "deepnorm" and self.norm_placement != "post":
+            raise ValueError("residual_scale deepnorm is made for norm_placement post")
         return self
+
+
+DEEPNORM_ROLES = frozenset({"v", "o", "gate", "up", "down"})
 
 
 class SubLayer(nn.Module):
@@ -64,11 +71,13 @@ class SubLayer(nn.Module):
 
 
 class Block(nn.Module):
-    """A list of sub-layers applied to x (B, T, D). ``depth`` names this block's state."""
+    """A list of sub-layers applied to x (B, T, D). ``depth``, at which it is used, names its state."""
 
     def __init__(self, config: BlockConfig, norm: Config, dims: Dims):
         super().__init__()
-        self.config, self.depth = config, dims.depth
+        self.config = config
+        deep = config.residual_scale == "deepnorm"
+        self.residual_scale: float = (2 * dims.n_layers) ** 0.25 if deep else config.residual_scale  # type: ignore[assignment]
         mixers = {"mixer": component(TOKEN_MIXERS, config.mixer.kind)(config.mixer, dims)}  # type: ignore[attr-defined]
         if config.channel is not None:
             mixers["channel"] = component(CHANNEL_MIXERS, config.channel.kind)(config.channel, dims)  # type: ignore[attr-defined]
@@ -79,20 +88,23 @@ class Block(nn.Module):
             }
         )
         self.norm = component(NORMS, norm.kind)(norm, dims.d_model) if config.shared_norm else None  # type: ignore[attr-defined]
+        for module in self.modules() if deep else ():
+            if isinstance(module, Projection) and module.role in DEEPNORM_ROLES:
+                module.gain = (8 * dims.n_layers) ** -0.25
 
     def sub_layers(self) -> Iterable[tuple[str, SubLayer]]:
         """Name and sub-layer, in the order of application."""
         return self.layers.items()  # type: ignore[return-value]
 
-    def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, Aux]:
-        scale = self.config.residual_scale
+    def forward(self, x: Tensor, ctx: Context, state: State | None = None, depth: int = 0) -> tuple[Tensor, Aux]:
+        scale = self.residual_scale
         aux: Aux = {}
         shared = self.norm(x) if self.norm is not None else x
         total = x if scale == 1 else x * scale
         for name, layer in self.sub_layers():
             source = shared if self.config.topology == "parallel" else x
-            y, new = layer(source, ctx, state, f"{self.depth}.{name}")
-            aux |= {key: aux[key] + value if key in aux else value for key, value in new.items()}
+            y, new = layer(source, ctx, state, f"{depth}.{name}")
+            add_up(aux, new)
             y = F.dropout(y, self.config.dropout, self.training)
             if self.config.topology == "parallel":
                 total = total + y
@@ -100,3 +112,9 @@ class Block(nn.Module):
                 x = (x if scale == 1 else x * scale) + y
                 x = layer.norm_sum(x) if layer.norm_sum is not None else x
         return (total if self.config.topology == "parallel" else x), aux
+
+
+def add_up(total: Aux, new: Aux) -> None:
+    """Add figures by name, in place."""
+    for key, value in new.items():
+        total[key] = total[key] + value if key in total else value

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from octavo.models.block import Block
 from octavo.models.decoder import Decoder
 from octavo.nn.state import StateSpec
 from octavo.nn.tables import NORMS
@@ -18,7 +19,8 @@ class Cost:
 
     parameters: all, tied weights once. embedding_parameters: token and position tables. forward_flops:
     matrix products of one row's forward pass, head included, two per multiply-add, attention counted over
-    the full square. train_flops: three times that. state_bytes: decode state of one row.
+    the full square. train_flops: three times that, and of what is only trained with (multi-token modules).
+    state_bytes: decode state of one row.
     """
 
     parameters: int
@@ -32,13 +34,15 @@ def cost(model: Decoder, n_tokens: int | None = None, dtype: torch.dtype = torch
     """Count ``model`` (also one on the meta device) for a row of ``n_tokens`` (default: max_seq_len)."""
     T = n_tokens or model.max_seq_len
     mixers = model.mixers().values()
-    flops = sum(mixer.flops(T, T) for mixer in mixers) + 2 * T * model.config.d_model * model.vocab_size
+    head = 2 * T * model.config.d_model * model.vocab_size
+    flops = sum(mixer.flops(T, T) for mixer in mixers) + head
+    training = flops + sum(module.flops(T) + head for module in model.multi_token)  # type: ignore[operator]
     embedding = model.embed.weight.numel() + model.positions.predicted_parameters()
     return Cost(
         parameters=sum(p.numel() for p in model.parameters()),
         embedding_parameters=embedding,
         forward_flops=flops,
-        train_flops=3 * flops,
+        train_flops=3 * training,
         state_bytes=state_bytes(model.state_specs(), T, dtype),
     )
 
@@ -53,12 +57,13 @@ def predicted_parameters(model: Decoder) -> int:
     config, D, V = model.config, model.config.d_model, model.vocab_size
     with torch.device("meta"):
         norm = component(NORMS, config.norm.kind)(config.norm, D).predicted_parameters()
-    total = (
-        V * D + model.positions.predicted_parameters() + sum(m.predicted_parameters() for m in model.mixers().values())
-    )
-    for block in model.stack():
+    blocks = [*model.blocks, *(module.block for module in model.multi_token)]
+    total = V * D + model.positions.predicted_parameters() + len(model.multi_token) * (3 * norm + 2 * D * D)
+    for block in blocks:
+        assert isinstance(block, Block)
         per_layer = 2 if block.config.norm_placement == "sandwich" else 1
         total += norm * (1 if block.config.shared_norm else per_layer * len(block.layers))
+        total += sum(layer.mixer.predicted_parameters() for _, layer in block.sub_layers())
     total += norm * (config.final_norm + config.embed_norm)
     total += 0 if config.tie_embeddings else V * D
     return total + (V if config.head_bias else 0)

@@ -12,7 +12,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from octavo.errors import UnsupportedError
-from octavo.models.block import Block, BlockConfig
+from octavo.models.block import Block, BlockConfig, add_up
+from octavo.models.multi_token import MultiToken, MultiTokenConfig, looking_ahead
 from octavo.nn.contracts import Aux, Capabilities, Context, Dims, Head, Heads, Inputs, Mixer, Outputs
 from octavo.nn.norm import RMSNorm
 from octavo.nn.position import PositionDims, RotaryPositions
@@ -21,7 +22,7 @@ from octavo.nn.state import ContiguousState, State, StateSpec, place
 from octavo.nn.tables import NORMS, POSITIONS, TOKEN_MIXERS
 from octavo.schema import Config, component, one_of
 
-NEEDS = ("logits", "hidden", "hidden_states", "attention", "head")
+NEEDS = ("logits", "hidden", "hidden_states", "attention", "head", "multi_token")
 
 
 class Decoder(nn.Module):
@@ -31,7 +32,9 @@ class Decoder(nn.Module):
     [local, local, global] is a hybrid. vocab_size comes from the tokenizer where a recipe leaves it out.
     embed_scale multiplies the token embeddings (sqrt(d_model): Vaswani et al. 2017, section 3.4), embed_norm
     normalises them (BLOOM: Le Scao et al. 2022, section 3.2.3; nanochat); logit_softcap c keeps logits within (-c, c)
-    by c tanh(logits / c) (Gemma 2: Gemma Team 2024, section 2).
+    by c tanh(logits / c) (Gemma 2: Gemma Team 2024, section 2). All layers of a block named in ``shared`` use one set
+    of weights, each with a state of its own (ALBERT: Lan et al. 2019, section 3.1). multi_token adds modules that
+    predict further tokens.
     """
 
     class Config(Config):
@@ -42,6 +45,8 @@ class Decoder(nn.Module):
         vocab_size: int | None = Field(default=None, ge=2)
         blocks: dict[str, BlockConfig] = Field(default={"block": BlockConfig()})
         pattern: tuple[str, ...] | None = None
+        shared: tuple[str, ...] = Field(default=(), description="blocks whose layers have the same weights")
+        multi_token: MultiTokenConfig | None = None
         norm: one_of(NORMS) = RMSNorm.Config()  # type: ignore[valid-type]
         positions: one_of(POSITIONS) = RotaryPositions.Config()  # type: ignore[valid-type]
         causal: bool = Field(default=True, description="false: every token reads the whole document")
@@ -61,6 +66,11 @@ class Decoder(nn.Module):
                 raise ValueError("blocks must name at least one block")
             if unknown := [name for name in self.pattern or () if name not in self.blocks]:
                 raise ValueError(f"pattern names unknown blocks {unknown}; blocks has {sorted(self.blocks)}")
+            further = self.multi_token.block if self.multi_token else None
+            if unknown := [name for name in (*self.shared, *([further] if further else ())) if name not in self.blocks]:
+                raise ValueError(
+                    f"shared and multi_token name unknown blocks {unknown}; there is {sorted(self.blocks)}"
+                )
             widths = {heads.rotary_width for heads in self.heads() if heads.rotary_width}
             if len(widths) > 1 and self.positions.kind == "rope":
                 raise ValueError(f"one rotary table serves one head width, the blocks have {sorted(widths)}")
@@ -102,15 +112,24 @@ class Decoder(nn.Module):
         self.vocab_size, self.max_seq_len = V, config.max_seq_len
         self.embed = Embedding(V, D, "embed", padding_id=config.padding_id)
         self.positions = component(POSITIONS, config.positions.kind)(config.positions, config.position_dims())
-        dims = [Dims(D, config.n_layers, config.max_seq_len, depth) for depth in range(config.n_layers)]
-        self.blocks = nn.ModuleList(
-            Block(config.blocks[name], config.norm, d) for name, d in zip(config.layer_names(), dims, strict=True)
-        )
+        # Layers of a shared block are its first layer again: the place in ``blocks`` of what each layer uses.
+        names, self.uses = config.layer_names(), list[int]()
+        first: dict[str, int] = {}
+        for name in names:
+            another = len(set(self.uses))
+            self.uses.append(first.setdefault(name, another) if name in config.shared else another)
+        own = [self.uses.index(i) for i in range(len(set(self.uses)))]  # the depth at which each is first used
+        dims = [Dims(D, config.n_layers, config.max_seq_len, depth) for depth in range(config.n_layers + 1)]
+        self.blocks = nn.ModuleList(Block(config.blocks[names[depth]], config.norm, dims[depth]) for depth in own)
         norm = component(NORMS, config.norm.kind)
         self.embed_norm = norm(config.norm, D) if config.embed_norm else None
         self.norm = norm(config.norm, D) if config.final_norm else nn.Identity()
         self.head = None if config.tie_embeddings else Projection(D, V, "head", bias=config.head_bias)
         self.head_bias = nn.Parameter(torch.zeros(V)) if config.tie_embeddings and config.head_bias else None
+        wanted = config.multi_token
+        further = config.blocks[(wanted.block if wanted else None) or names[-1]]
+        modules = range(wanted.n_modules if wanted else 0)
+        self.multi_token = nn.ModuleList(MultiToken(further, config.norm, dims[-1]) for _ in modules)
         if config.causal and (name := self._unable("causal")):
             raise UnsupportedError(f"{name} reads ahead", fix="set causal to false, or use another mixer")
         if self.embed.weight.device.type != "meta":
@@ -139,17 +158,18 @@ class Decoder(nn.Module):
         self._check_length(inputs.tokens.shape[1], ctx.positions)
         ctx.rotation = self.positions.rotation(ctx.positions)
         ctx.bias = self.positions.bias if self.positions.biased else None
-        x = self.embed(inputs.tokens)
-        if self.config.embed_scale != 1:  # rounded to the stream's dtype first, as checkpoints were trained
-            x = x * torch.full((), self.config.embed_scale, dtype=x.dtype, device=x.device)
-        x = self.embed_norm(x) if self.embed_norm is not None else x
-        x = self.positions.embed(x, ctx.positions)
+        embedded = self._embedded(inputs.tokens)
+        x = self.positions.embed(embedded, ctx.positions)
         x = F.dropout(x, self.config.embed_dropout, self.training)
         states, aux = [x], {}
         x, aux = self._stack(x, ctx, state, states if "hidden_states" in needs else None)
         hidden, maps = self.norm(x), tuple(ctx.recorded.get("attention", ()))
+        further: list[Tensor] = []
+        if "multi_token" in needs:
+            further, aux = self._further(hidden, embedded, ctx, state, aux)
         if moved is not None:  # padding back to where it was
-            hidden, *states = (h.gather(1, moved[:, :, None].expand_as(h)) for h in (hidden, *states))
+            hidden, *rest = (h.gather(1, moved[:, :, None].expand_as(h)) for h in (hidden, *states, *further))
+            states, further = rest[: len(states)], rest[len(states) :]
             maps = tuple(_move_back(weights, moved, both=state is None) for weights in maps)
         return Outputs(
             logits=self.logits(hidden) if "logits" in needs else None,
@@ -157,6 +177,7 @@ class Decoder(nn.Module):
             hidden_states=(*states[:-1], hidden) if "hidden_states" in needs else None,
             attention=maps if "attention" in needs else None,
             head=self.output_head() if "head" in needs else None,
+            multi_token=tuple(further) if "multi_token" in needs else None,
             aux=aux,
         )
 
@@ -166,14 +187,33 @@ class Decoder(nn.Module):
         name = next(unable, None)
         return f"{type(self.mixers()[name]).__name__} ({name})" if name else ""
 
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        if self.config.embed_scale != 1:  # rounded to the stream's dtype first, as checkpoints were trained
+            x = x * torch.full((), self.config.embed_scale, dtype=x.dtype, device=x.device)
+        return self.embed_norm(x) if self.embed_norm is not None else x
+
     def _stack(self, x: Tensor, ctx: Context, state: State | None, keep: list[Tensor] | None) -> tuple[Tensor, Aux]:
         aux: Aux = {}
-        for block in self.stack():
-            x, new = block(x, ctx, state)
-            aux |= {key: aux[key] + value if key in aux else value for key, value in new.items()}
+        for depth, block in enumerate(self.stack()):
+            x, new = block(x, ctx, state, depth)
+            add_up(aux, new)
             if keep is not None:
                 keep.append(x)
         return x, aux
+
+    def _further(
+        self, hidden: Tensor, embedded: Tensor, ctx: Context, state: State | None, aux: Aux
+    ) -> tuple[list[Tensor], Aux]:
+        """What each module of multi-token prediction gives to the head, (B, T, D) each."""
+        if state is not None:
+            raise UnsupportedError("multi_token is an output of whole texts", fix="ask for it without a state")
+        normed = []
+        for by, module in enumerate(self.multi_token, 1):
+            hidden, ready, new = module(hidden, looking_ahead(embedded, by), ctx)
+            normed.append(ready)
+            add_up(aux, new)
+        return normed, aux
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The language-model head on normed hidden states (..., D): (..., V)."""
@@ -213,12 +253,13 @@ class Decoder(nn.Module):
         return {name: mixer.state_spec() for name, mixer in self.mixers().items()}
 
     def mixers(self) -> dict[str, Mixer]:
-        """Every mixer by its state's name, ``depth.mixer`` or ``depth.channel``."""
-        return {f"{block.depth}.{name}": layer.mixer for block in self.stack() for name, layer in block.sub_layers()}
+        """Every layer's mixers by the name of their state, ``depth.mixer`` or ``depth.channel``."""
+        layers = enumerate(self.stack())
+        return {f"{depth}.{name}": layer.mixer for depth, block in layers for name, layer in block.sub_layers()}
 
     def stack(self) -> list[Block]:
-        """The blocks, first to last."""
-        return list(self.blocks)  # type: ignore[arg-type]
+        """The block of each layer, first to last; layers that share weights have the same."""
+        return [self.blocks[i] for i in self.uses]  # type: ignore[misc]
 
     @property
     def capabilities(self) -> Capabilities:

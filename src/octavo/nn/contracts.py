@@ -175,7 +175,8 @@ class Outputs:
 
     logits (B, T, V). hidden (B, T, D): the normed last hidden state. hidden_states: the embedding output,
     the output of layers 1 to n-1, and the normed last, n+1 tensors. attention: one (B, H, T, S) per
-    attention layer. head: what makes logits of ``hidden``, for a loss that never holds them all. aux: figures by
+    attention layer. head: what makes logits of ``hidden``, for a loss that never holds them all. multi_token: one
+    (B, T, D) per module, read by the same head, whose token t foretells the token after the next k. aux: figures by
     name, each a sum over valid tokens, added up over layers: those whose name begins with ``loss.`` belong to what
     is trained on, the others (without gradient) to the metrics.
     """
@@ -185,6 +186,7 @@ class Outputs:
     hidden_states: tuple[Tensor, ...] | None = None
     attention: tuple[Tensor, ...] | None = None
     head: Head | None = None
+    multi_token: tuple[Tensor, ...] | None = None
     aux: Aux = field(default_factory=dict)
 
 

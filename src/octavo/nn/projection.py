@@ -39,6 +39,7 @@ class Projection(nn.Module):
     def __init__(self, d_in: int, d_out: int, role: str, *, bias: bool = False):
         super().__init__()
         self.d_in, self.d_out, self.role = d_in, d_out, role
+        self.gain = 1.0  # of the starting values
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
         self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
 
@@ -113,6 +114,7 @@ def initialise(model: nn.Module, config: InitConfig, n_layers: int, generator: t
             scale = (2 * n_layers) ** -0.5 if config.scale_residual and module.role in RESIDUAL_ROLES else 1.0
             # Drawn in fp32 on the CPU so that the start does not depend on dtype or device.
             weight = torch.empty(module.weight.shape, dtype=torch.float32)
+            scale *= module.gain if isinstance(module, Projection) else 1.0
             weight.normal_(0.0, config.std * scale, generator=generator)
             module.weight.copy_(weight)
             if isinstance(module, Embedding) and module.padding_id is not None:

@@ -19,6 +19,7 @@ class Objective(ABC):
     """The contract. ``needs`` names the model outputs ``loss_sum`` reads."""
 
     needs: tuple[str, ...] = ("logits",)
+    training_needs: tuple[str, ...] = ()  # what ``beside`` reads, too
 
     @abstractmethod
     def weight(self, batch: Batch) -> Tensor:
@@ -27,3 +28,7 @@ class Objective(ABC):
     @abstractmethod
     def loss_sum(self, outputs: Outputs, batch: Batch) -> Tensor:
         """The sum of losses over the batch, a scalar in nats."""
+
+    def beside(self, outputs: Outputs, batch: Batch) -> Tensor | None:
+        """What else is trained on, in the same units as ``loss_sum``, and is no part of a held-out loss."""
+        return None

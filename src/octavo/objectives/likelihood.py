@@ -20,18 +20,22 @@ class CausalLikelihood(Objective):
 
     Targets come shifted with the batch, so nothing is shifted here. z_loss adds ``z * log(Z)^2`` a token,
     which keeps the normaliser near one (Chowdhery et al. 2022, section 5). With ``chunk_tokens`` head and loss
-    are one, and only that many tokens' logits exist at a time (see ``head_loss``).
+    are one, and only that many tokens' logits exist at a time (see ``head_loss``). multi_token_weight w trains the
+    model's multi-token modules with w times the mean of their losses (DeepSeek-AI 2024, DeepSeek-V3, equation 25).
     """
 
     class Config(Config):
         kind: Literal["causal"] = "causal"
         z_loss: float = Field(default=0.0, ge=0)
         chunk_tokens: int | None = Field(default=None, ge=1, description="null: all logits at once")
+        multi_token_weight: float = Field(default=0.0, ge=0, description="of the modules' mean loss; V3: 0.3, then 0.1")
 
     def __init__(self, config: CausalLikelihood.Config | None = None):
         self.config = config or CausalLikelihood.Config()
         if self.config.chunk_tokens:
             self.needs = ("hidden", "head")
+        if self.config.multi_token_weight:
+            self.training_needs = ("multi_token", "head")
 
     def weight(self, batch: Batch) -> Tensor:
         return batch.loss_mask.sum()
@@ -56,6 +60,22 @@ class CausalLikelihood(Objective):
             raise ValueError("CausalLikelihood with chunk_tokens needs the outputs `hidden` and `head`")
         targets, weights = batch.targets.flatten(), batch.loss_mask.flatten()
         return head_loss(hidden.flatten(0, 1), head, targets, weights, z_loss=self.config.z_loss, chunk=chunk)
+
+    def beside(self, outputs: Outputs, batch: Batch) -> Tensor | None:
+        """The multi-token loss. Module k's token t foretells ``targets[t + k]``, where both are of one document."""
+        if not self.config.multi_token_weight:
+            return None
+        if not outputs.multi_token or outputs.head is None:
+            raise ValueError("multi_token_weight needs a model with multi_token modules")
+        chunk, total = self.config.chunk_tokens or batch.tokens.shape[1] * batch.rows, None
+        for by, hidden in enumerate(outputs.multi_token, 1):
+            same = batch.doc_ids[:, by:] == batch.doc_ids[:, :-by]
+            weights, targets = batch.loss_mask[:, by:] * same, batch.targets[:, by:]
+            part = hidden[:, :-by].flatten(0, 1)
+            loss = head_loss(part, outputs.head, targets.flatten(), weights.flatten(), chunk=chunk)
+            total = loss if total is None else total + loss
+        assert total is not None
+        return total * (self.config.multi_token_weight / len(outputs.multi_token))
 
 
 OBJECTIVES: dict[str, type[CausalLikelihood]] = {"causal": CausalLikelihood}

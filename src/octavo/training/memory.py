@@ -117,7 +117,7 @@ def _count(model: Decoder.Config, config: TrainConfig, dtype: torch.dtype, rows:
         ids, ones = torch.zeros(rows, seq_len, dtype=torch.long), torch.ones(rows, seq_len)
         batch = Batch(ids, ids, ones, ids, ids, ones.bool())
         live = _Live([*net.parameters(), *(p.grad for p in net.parameters() if p.grad is not None)])
-        for block in net.stack():
+        for block in net.blocks:
             block.register_forward_pre_hook(lambda *_: live.enter(+1))
             block.register_forward_hook(lambda *_: live.enter(-1))
         with live, _fused_attention():

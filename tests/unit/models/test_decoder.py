@@ -212,7 +212,7 @@ def test_a_pattern_is_cycled():
     blocks = {name: {"mixer": {"kind": "attention", "n_heads": 2, "window": w}} for name, w in (("l", 3), ("g", None))}
     deep = build(config(n_layers=5, blocks=blocks, pattern=("l", "l", "g")), device="meta")
     assert [block.layers["mixer"].mixer.config.window for block in deep.blocks] == [3, 3, None, 3, 3]
-    assert [block.depth for block in deep.blocks] == list(range(5))
+    assert deep.uses == list(range(5))
     assert {"0.mixer", "4.channel"} <= set(deep.mixers())
 
 
