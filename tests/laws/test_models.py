@@ -22,7 +22,10 @@ TOKEN_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "window": {"n_heads": 2, "head_dim": 6, "window": 3},
         "plain": {"n_heads": 4, "n_kv_heads": 2, "backend": "plain", "qk_norm": {"kind": "layernorm"}},
         "capped": {"n_heads": 4, "n_kv_heads": 2, "qk_norm": "rmsnorm", "qk_norm_over": "all", "softcap": 2.0},
-    }
+    },
+    "side_by_side": {
+        "": {"mixers": {"near": {"kind": "attention", "n_heads": 2, "window": 4}}, "scales": {"near": 0.5}}
+    },
 }
 CHANNEL_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "mlp": {"plain": {"activation": "gelu_tanh", "bias": True}},

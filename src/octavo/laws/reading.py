@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -154,21 +155,36 @@ def hidden_states(subject: Subject) -> None:
 
 
 def with_backend(config: Config, backend: str) -> Config:
-    """``config`` with every mixer that has a choice of backends using ``backend``."""
-    blocks = {
-        name: block.model_copy(update={"mixer": block.mixer.model_copy(update={"backend": backend})})
-        if "backend" in type(block.mixer).model_fields
-        else block
-        for name, block in config.blocks.items()  # type: ignore[attr-defined]
-    }
-    return config.model_copy(update={"blocks": blocks})
+    """``config`` with every component in it that knows ``backend`` using it."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, Config):
+            new = {name: changed(getattr(value, name)) for name in type(value).model_fields}
+            if backend in _names(value):
+                new["backend"] = backend
+            return value.model_copy(update=new)
+        return {name: changed(part) for name, part in value.items()} if isinstance(value, dict) else value
+
+    return changed(config)
 
 
 def backends(config: Config) -> list[str]:
-    """The backends that the mixers of ``config`` have, the plain one left out."""
-    fields = [type(block.mixer).model_fields.get("backend") for block in config.blocks.values()]  # type: ignore[attr-defined]
-    names = {name for f in fields if f is not None for name in typing.get_args(f.annotation)}
-    return sorted(names - {"plain"})
+    """The backends that the components in ``config`` have, the plain one left out."""
+
+    def found(value: Any) -> set[str]:
+        parts = [value] if isinstance(value, Config) else []
+        names = {name for part in parts for name in _names(part)}
+        inner = [getattr(value, name) for name in type(value).model_fields] if parts else []
+        inner += value.values() if isinstance(value, dict) else []
+        return names.union(*(found(part) for part in inner))
+
+    return sorted(found(config) - {"plain"})
+
+
+def _names(config: Config) -> tuple[str, ...]:
+    """The backends one component has."""
+    field = type(config).model_fields.get("backend")
+    return typing.get_args(field.annotation) if field is not None else ()
 
 
 def twins(subject: Subject) -> None:
