@@ -12,9 +12,8 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from octavo.nn.attend import Attend, AttendName, attention_weights, by_ranges
+from octavo.nn.attend import Attend, AttendName, attention_weights, by_ranges, causal_by_ranges
 from octavo.nn.contracts import Capabilities, Context, Keys
-from octavo.nn.kernels.attention import causal
 from octavo.nn.position import Rotation
 from octavo.nn.state import LayerState, StateField, StateSpec
 from octavo.schema import Config
@@ -25,7 +24,7 @@ class Reading:
     """What an attention layer tells its reader about one pass.
 
     rotation is None where nothing is turned. dropout is zero in evaluation. attend computes softmax attention from
-    (B, H, T, K), see nn/attend.py; ``backend`` is the name behind it.
+    (B, H, T, K), see nn/attend.py; ``backend`` is the name behind it. sinks (H,) are learned scores of no key.
     """
 
     rotation: Rotation | None
@@ -35,6 +34,7 @@ class Reading:
     softcap: float | None = None
     dropout: float = 0.0
     training: bool = False
+    sinks: Tensor | None = None
 
 
 class Reader(ABC):
@@ -60,6 +60,7 @@ class FullReader(Reader):
         kind: Literal["full"] = "full"
 
     kind: Literal["token", "ring"] = "token"
+    ranged: ClassVar[bool] = True  # whether what a token reads is all from one token on
 
     def __init__(self, config: FullReader.Config | None = None, max_seq_len: int | None = None):
         pass
@@ -77,11 +78,19 @@ class FullReader(Reader):
             k, v = held["k"], held["v"]
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if self._by_ranges(q, k, v, ctx, state, reading):
-            first = None if ctx.plain and self.window is None else ctx.first_keys(self.window)
-            return causal(q, k, v, first, scale=reading.scale).transpose(1, 2)
+            first = None if self.reads_all(ctx) else self.first_keys(ctx)
+            return causal_by_ranges(q, k, v, first, scale=reading.scale).transpose(1, 2)
         # Only when nothing is packed, padded, cached or windowed does a flag say all that the mask would.
-        flag = ctx.plain and ctx.causal and ctx.bias is None and (self.window is None or self.window >= q.shape[2])
+        flag = self.reads_all(ctx) and ctx.causal and ctx.bias is None
         return attend_masked(q, k, v, None if flag else self.mask(ctx, keys), ctx, keys, reading, flag).transpose(1, 2)
+
+    def reads_all(self, ctx: Context) -> bool:
+        """Whether each token surely reads the whole row, or all of it up to itself."""
+        return ctx.plain and (self.window is None or self.window >= ctx.slots.shape[1])
+
+    def first_keys(self, ctx: Context) -> Tensor:
+        """``mask`` without state as ranges, see ``Context.first_keys``; asked only if ``ranged``."""
+        return ctx.first_keys(self.window)
 
     def mask(self, ctx: Context, keys: Keys) -> Tensor:
         """Who may read whom, (B, 1, T, S)."""
@@ -90,8 +99,8 @@ class FullReader(Reader):
     def _by_ranges(
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, state: LayerState | None, reading: Reading
     ) -> bool:
-        told = reading.training and ctx.causal and state is None and "attention" not in ctx.record
-        bare = not reading.dropout and reading.softcap is None and ctx.bias is None
+        told = self.ranged and reading.training and ctx.causal and state is None and "attention" not in ctx.record
+        bare = not reading.dropout and reading.softcap is None and reading.sinks is None and ctx.bias is None
         return told and bare and by_ranges(reading.backend, q, k, v)
 
 
@@ -116,7 +125,7 @@ def attend_masked(
 ) -> Tensor:
     """Softmax attention of (B, H, T, K) under ``mask`` and the scheme's bias; maps are recorded if asked for."""
     bias = ctx.score_bias(keys)
-    how = {"causal": flag, "scale": reading.scale, "softcap": reading.softcap, "bias": bias}
+    how = {"causal": flag, "scale": reading.scale, "softcap": reading.softcap, "bias": bias, "sinks": reading.sinks}
     if "attention" in ctx.record:
         ctx.recorded.setdefault("attention", []).append(attention_weights(q, k, mask, **how))  # type: ignore[arg-type]
     return reading.attend(q, k, v, mask, dropout=reading.dropout, **how)

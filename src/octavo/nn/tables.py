@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from octavo.nn.attention import Attention
 from octavo.nn.contracts import Mixer
+from octavo.nn.latent import LatentAttention
 from octavo.nn.mlp import Glu, Mlp
 from octavo.nn.norm import LayerNorm, NoNorm, Norm, RMSNorm
 from octavo.nn.position import LearnedPositions, NoPositions, Positions, RotaryPositions, SinusoidalPositions
 
-TOKEN_MIXERS: dict[str, type[Mixer]] = {"attention": Attention}
+TOKEN_MIXERS: dict[str, type[Mixer]] = {"attention": Attention, "mla": LatentAttention}
 CHANNEL_MIXERS: dict[str, type[Mixer]] = {"mlp": Mlp, "glu": Glu}
 NORMS: dict[str, type[Norm]] = {"layernorm": LayerNorm, "rmsnorm": RMSNorm, "none": NoNorm}
 POSITIONS: dict[str, type[Positions]] = {
