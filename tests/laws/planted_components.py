@@ -17,8 +17,13 @@ def laws_of(kind: str) -> str:
 BUGS = [
     Bug(
         "reader: a flag for the mask of packed rows", "nn/reader.py",
-        "flag = ctx.plain and ctx.causal", "flag = ctx.causal",
+        "flag = self.reads_all(ctx) and ctx.causal", "flag = ctx.causal",
         (laws_of("attention"),),
+    ),
+    Bug(
+        "window: one token too many under the mask", "nn/contracts.py",
+        "allowed = allowed & (key > query - window)", "allowed = allowed & (key >= query - window)",
+        ("tests/laws/test_component_laws.py::test_every_part_that_is_no_mixer_keeps_every_law[window]",),
     ),
     Bug(
         "shift: the first token of a document sees the document before", "nn/shift.py",

@@ -1,7 +1,8 @@
 """Agreement with an independent implementation, asserted and, if asked for, recorded.
 
 ``agree("mamba2", "transformers Mamba2ForCausalLM", ours, theirs)`` is the one assertion of a component's parity
-test. With OCTAVO_PARITY naming a file, each call adds a line there: component, reference, case, dtype, largest error.
+test. With OCTAVO_PARITY naming a file, each call that holds adds a line there: component, reference, case, dtype,
+largest error, test. ``python scripts/parity.py`` makes the record of the package out of these lines.
 """
 
 from __future__ import annotations
@@ -25,12 +26,15 @@ def agree(
     """
     assert got.shape == wanted.shape, f"{tuple(got.shape)} is not {tuple(wanted.shape)}"
     assert tolerance <= 1e-5 or why, "a tolerance above 1e-5 needs a reason"
-    low = torch.bfloat16 in (got.dtype, wanted.dtype)
+    dtypes = {got.dtype, wanted.dtype}
+    dtype = "bf16" if torch.bfloat16 in dtypes else "fp64" if dtypes == {torch.float64} else "fp32"
     got, wanted = got.detach().double(), wanted.detach().double()
-    error, size = float((got - wanted).abs().max()), max(1.0, float(wanted.abs().max()))
+    size = max(1.0, float(wanted.abs().max())) if wanted.numel() else 1.0
+    error = float((got - wanted).abs().max()) / size if wanted.numel() else 0.0
+    bound = 0.02 if dtype == "bf16" else tolerance
+    assert error <= bound, f"{kind} against {reference} {case}: {error:.3g} of the largest value is above {bound:.3g}"
     if path := os.environ.get("OCTAVO_PARITY"):
-        line = {"kind": kind, "reference": reference, "case": case, "dtype": "bf16" if low else "fp32", "error": error}
+        test = os.environ.get("PYTEST_CURRENT_TEST", "").partition("::")[0]
+        line = {"kind": kind, "reference": reference, "case": case, "dtype": dtype, "error": error, "test": test}
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-    bound = (0.02 if low else tolerance) * size
-    assert error <= bound, f"{kind} against {reference} {case}: {error:.3g} is above {bound:.3g}"

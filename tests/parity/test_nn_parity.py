@@ -9,8 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from proof import agree
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb as gptj_rotate
 from transformers.models.gptj.modeling_gptj import create_sinusoidal_positions
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -26,9 +28,11 @@ from octavo.nn.activation import ACTIVATIONS
 from octavo.nn.attend import ATTENDS, attention_weights
 from octavo.nn.attention import Attention
 from octavo.nn.contracts import Dims, Inputs
-from octavo.nn.mlp import Glu
+from octavo.nn.mlp import Glu, Mlp
 from octavo.nn.norm import LayerNorm, RMSNorm
-from octavo.nn.position import PositionDims, RotaryPositions, Rotation, rope_frequencies, sinusoid
+from octavo.nn.position import PositionDims, Rotation, sinusoid
+from octavo.nn.rope import RotaryPositions
+from octavo.nn.rope_scaling import rope_frequencies
 from octavo.nn.state import place
 
 
@@ -80,21 +84,22 @@ def test_scaled_dot_product_step_by_step(backend, causal):
 
 @pytest.mark.rows("B2")
 @pytest.mark.parametrize("backend", ATTENDS)
-def test_multi_head_equals_torch(backend):
-    ours = attention(n_heads=4, qkv_bias=True, o_bias=True, backend=backend)
-    theirs = nn.MultiheadAttention(16, 4, batch_first=True).double()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_multi_head_equals_torch(backend, dtype):
+    ours = attention(n_heads=4, qkv_bias=True, o_bias=True, backend=backend).to(dtype)
+    theirs = nn.MultiheadAttention(16, 4, batch_first=True).to(dtype)
     parts = (ours.q, ours.k, ours.v)
     theirs.load_state_dict(
         {"in_proj_weight": torch.cat([p.weight for p in parts]), "in_proj_bias": torch.cat([p.bias for p in parts]),
          "out_proj.weight": ours.o.weight, "out_proj.bias": ours.o.bias}
     )  # fmt: skip
-    x = random(2, 7, 16)
+    x = random(2, 7, 16).to(dtype)
     hidden = torch.ones(7, 7, dtype=torch.bool).triu(1)
     wanted, weights = theirs(x, x, x, attn_mask=hidden, average_attn_weights=False)
     ctx = context()
     ctx.record = frozenset({"attention"})
-    torch.testing.assert_close(ours(x, ctx)[0], wanted, rtol=0, atol=1e-12)
-    torch.testing.assert_close(ctx.recorded["attention"][0], weights, rtol=0, atol=1e-12)
+    agree("attention", "torch MultiheadAttention", ours(x, ctx)[0], wanted, case=f"multi-head, {backend}")
+    agree("attention", "torch MultiheadAttention", ctx.recorded["attention"][0], weights, case=f"weights, {backend}")
 
 
 @pytest.mark.rows("B4")
@@ -111,6 +116,33 @@ def test_grouped_heads_equal_repeated_ones(backend, n_kv_heads):
     torch.testing.assert_close(ATTENDS[backend](q[:, :, :1], k, v, mask[:, :, :1]), one, rtol=0, atol=1e-12)
 
 
+@pytest.mark.rows("B4")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("window", [None, 3, 6], ids=["full", "window of 3", "window of 6"])
+def test_grouped_attention_equals_qwen2(window, dtype):
+    """One layer with its rotation, biases and window; transformers cuts the window in its mask."""
+    hf = transformers.Qwen2Config(
+        hidden_size=16, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1, intermediate_size=8,
+        vocab_size=8, use_sliding_window=window is not None, sliding_window=window, max_window_layers=0,
+        attn_implementation="eager",
+    )  # fmt: skip
+    theirs = transformers.Qwen2Model(hf).to(dtype)
+    layer = theirs.layers[0].self_attn
+    ours = attention(n_heads=4, n_kv_heads=2, qkv_bias=True, window=window).to(dtype)
+    for name in ("q", "k", "v", "o"):
+        getattr(layer, f"{name}_proj").load_state_dict(getattr(ours, name).state_dict())
+    x = random(2, 9, 16).to(dtype)
+    order = torch.arange(9)
+    hidden = (order > order[:, None]) | (order <= order[:, None] - (window or 9))
+    mask = torch.zeros(9, 9, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)[None, None]
+    wanted = layer(x, position_embeddings=theirs.rotary_emb(x, order[None]), attention_mask=mask)[0]
+    ctx = context(2, 9)
+    ctx.rotation = rotation(9, 4, "half")
+    got = ours(x, ctx)[0]
+    agree("attention", "transformers Qwen2Attention", got, wanted, case=f"window {window}")
+    agree("window" if window else "full", "transformers Qwen2Attention", got, wanted, case=f"window {window}")
+
+
 # --------------------------------------------------------------------------------------------- positions
 
 
@@ -125,7 +157,9 @@ def test_rope_half_equals_llama():
     theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
     cos, sin = theirs(x, torch.arange(11)[None])
     wanted, _ = llama_rotate(x.transpose(1, 2), x.transpose(1, 2), cos, sin)
-    torch.testing.assert_close(rotation(11, 8, "half")(x), wanted.transpose(1, 2), rtol=0, atol=1e-6)
+    agree("rope", "transformers Llama", rotation(11, 8, "half")(x), wanted.transpose(1, 2), case="half")
+    low, _ = llama_rotate(*[x.transpose(1, 2).bfloat16()] * 2, cos.bfloat16(), sin.bfloat16())
+    agree("rope", "transformers Llama", rotation(11, 8, "half")(x.bfloat16()), low.transpose(1, 2), case="half")
     torch.testing.assert_close(rope_frequencies(8, 10000.0), theirs.inv_freq, rtol=1e-6, atol=0)
 
 
@@ -134,7 +168,7 @@ def test_rope_interleaved_equals_gptj_and_the_complex_form():
     x = torch.randn(1, 11, 3, 8)
     sin, cos = create_sinusoidal_positions(11, 8).chunk(2, -1)
     ours = rotation(11, 8, "interleaved")(x)
-    torch.testing.assert_close(ours, gptj_rotate(x, sin[None], cos[None]), rtol=0, atol=1e-6)
+    agree("rope", "transformers GPT-J", ours, gptj_rotate(x, sin[None], cos[None]), case="interleaved")
     angles = torch.arange(11)[:, None].float() * rope_frequencies(8, 10000.0)
     turned = torch.view_as_complex(x.unflatten(-1, (4, 2))) * torch.polar(torch.ones_like(angles), angles)[:, None]
     torch.testing.assert_close(ours, torch.view_as_real(turned).flatten(-2), rtol=0, atol=1e-6)
@@ -152,8 +186,8 @@ def timing_signal(length: int, channels: int, min_timescale: float = 1.0, max_ti
 @pytest.mark.rows("R1")
 @pytest.mark.parametrize("d", [8, 9])
 def test_sinusoid_half_equals_tensor2tensor(d):
-    ours = sinusoid(torch.arange(50), d, "half").numpy()
-    np.testing.assert_allclose(ours, timing_signal(50, d), atol=2e-5)  # fp32 angles up to 50 radians
+    ours, theirs = sinusoid(torch.arange(50), d, "half"), torch.from_numpy(timing_signal(50, d))
+    agree("sinusoidal", "tensor2tensor get_timing_signal_1d", ours, theirs, case=f"half, {d} channels")
 
 
 @pytest.mark.rows("R1")
@@ -176,13 +210,18 @@ def test_gpt2_embedding_path():
         ours.positions.table.weight.copy_(theirs.wpe.weight)
         tokens = torch.randint(23, (2, 12))
         wanted = theirs(tokens, output_hidden_states=True).hidden_states[0]
-        assert torch.equal(ours(Inputs(tokens), needs=("hidden_states",)).hidden_states[0], wanted)
+        got = ours(Inputs(tokens), needs=("hidden_states",)).hidden_states[0]
+        assert torch.equal(got, wanted)
+        agree("learned", "transformers GPT2Model", got, wanted)
     assert ours.config.embed_dropout == hf.embd_pdrop == 0.1
     ours.train()
     torch.manual_seed(0)
     dropped = ours(Inputs(tokens), needs=("hidden_states",)).hidden_states[0]
     torch.manual_seed(0)
     assert torch.equal(dropped, F.dropout(wanted, 0.1))
+    low = theirs.bfloat16()(tokens, output_hidden_states=True).hidden_states[0]
+    got = ours.eval().bfloat16()(Inputs(tokens), needs=("hidden_states",)).hidden_states[0]
+    agree("learned", "transformers GPT2Model", got, low)
 
 
 # ------------------------------------------------------------------------- activations, norms, feed-forward
@@ -204,6 +243,9 @@ def test_activations_and_their_gradients(name):
         wanted = ACT2FN[theirs](x)
         torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-6)
         torch.testing.assert_close(gradient, torch.autograd.grad(wanted.sum(), x)[0], rtol=0, atol=1e-6)
+        for dtype in (torch.float32, torch.bfloat16):
+            low = x.detach().to(dtype)
+            agree(name, f"transformers ACT2FN {theirs}", ACTIVATIONS[name](low), ACT2FN[theirs](low))
     closed = {
         "sigmoid": lambda t: 1 / (1 + math.exp(-t)),
         "tanh": math.tanh,
@@ -219,13 +261,26 @@ def test_activations_and_their_gradients(name):
 
 
 @pytest.mark.rows("F3")
-def test_swiglu_equals_qwen2():
-    theirs = Qwen2MLP(transformers.Qwen2Config(hidden_size=16, intermediate_size=40))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_swiglu_equals_qwen2(dtype):
+    theirs = Qwen2MLP(transformers.Qwen2Config(hidden_size=16, intermediate_size=40)).to(dtype)
     ours = Glu(Glu.Config(d_ff=40), DIMS)
     for name in ("gate", "up", "down"):
         getattr(ours, name).weight = getattr(theirs, f"{name}_proj").weight
-    x = torch.randn(2, 5, 16)
-    torch.testing.assert_close(ours(x, context(2, 5))[0], theirs(x), rtol=0, atol=1e-6)
+    x = torch.randn(2, 5, 16).to(dtype)
+    agree("glu", "transformers Qwen2MLP", ours(x, context(2, 5))[0], theirs(x))
+
+
+@pytest.mark.rows("F1")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_mlp_equals_gpt2(dtype):
+    theirs = GPT2MLP(64, transformers.GPT2Config(n_embd=16, resid_pdrop=0.0)).to(dtype)
+    ours = Mlp(Mlp.Config(activation="gelu_tanh", bias=True), DIMS).to(dtype)
+    for mine, other in ((ours.up, theirs.c_fc), (ours.down, theirs.c_proj)):
+        randomise(mine, 0)
+        other.load_state_dict({"weight": mine.weight.T, "bias": mine.bias})
+    x = torch.randn(2, 5, 16).to(dtype)
+    agree("mlp", "transformers GPT2MLP", ours(x, context(2, 5))[0], theirs(x))
 
 
 @pytest.mark.rows("F4")
@@ -241,13 +296,16 @@ def test_norms_round_like_the_references(dtype):
     layer.bias.data = theirs.bias.data = bias
     assert torch.equal(rms(x), llama(x))
     assert torch.equal(layer(x), theirs(x))
+    if dtype != torch.float16:
+        agree("rmsnorm", "transformers LlamaRMSNorm", rms(x), llama(x))
+        agree("layernorm", "torch LayerNorm", layer(x), theirs(x))
     if dtype == torch.float32:
         t5 = T5LayerNorm(48, eps=1e-6)
         t5.weight.data = weight
-        torch.testing.assert_close(rms(x), t5(x), rtol=1e-6, atol=1e-6)
+        agree("rmsnorm", "transformers T5LayerNorm", rms(x), t5(x))
         torchs = nn.RMSNorm(48, eps=1e-6)
         torchs.weight.data = weight
-        torch.testing.assert_close(rms(x), torchs(x), rtol=1e-6, atol=1e-6)
+        agree("rmsnorm", "torch RMSNorm", rms(x), torchs(x))
 
 
 @pytest.mark.rows("T7", "X3")

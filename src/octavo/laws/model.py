@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from octavo.laws import counting, decoding, reading
+from octavo.laws.components import find
 from octavo.laws.result import LawResult, verdict
 from octavo.laws.subject import Subject
 from octavo.models.decoder import MODELS
 from octavo.nn.contracts import Capabilities
-from octavo.nn.tables import CHANNEL_MIXERS, TOKEN_MIXERS
 from octavo.schema import Config
 
 
@@ -73,7 +72,7 @@ def check(
 
 
 def check_component(kind: str, *, slow: bool = False, **settings: Any) -> dict[str, list[LawResult]]:
-    """Every law on each of ``models_around`` a mixer: a table's name or ``package.module:Class``."""
+    """Every law on each of ``models_around`` a component: a table's name or ``package.module:Class``."""
     return {
         name: check(config, seed=seed, slow=slow)
         for seed, (name, config) in enumerate(models_around(kind, **settings).items())
@@ -81,24 +80,9 @@ def check_component(kind: str, *, slow: bool = False, **settings: Any) -> dict[s
 
 
 def models_around(kind: str, **settings: Any) -> dict[str, dict[str, Any]]:
-    """Small models that put a mixer to every use: alone, between attention layers, in each topology.
+    """Small models that put a component to every use: for a mixer alone, between attention layers, in each topology.
 
-    A channel mixer of the table, and any mixer of one's own, also stands beside attention.
+    ``kind`` is the name of a component of any table (see ``octavo.laws.components``) or ``package.module:Class``. A
+    channel mixer of the table, and any mixer of one's own, stands beside attention.
     """
-    own = {"kind": kind, **settings}
-    attention = {"kind": "attention", "n_heads": 4, "n_kv_heads": 2}
-    mlp = {"kind": "mlp", "activation": "gelu"}
-    small = partial(dict, d_model=16, n_layers=2, vocab_size=19, max_seq_len=16)
-    found: dict[str, dict[str, Any]] = {}
-    if kind not in CHANNEL_MIXERS:
-        found["alone"] = small(blocks={"own": {"mixer": own, "channel": None}})
-        hybrid = {"own": {"mixer": own, "channel": mlp}, "attention": {"mixer": attention, "channel": mlp}}
-        found["hybrid"] = small(blocks=hybrid, pattern=("own", "attention", "own"), n_layers=3)
-        found["parallel"] = small(blocks={"own": {"mixer": own, "channel": mlp, "topology": "parallel"}})
-        found["post"] = small(blocks={"own": {"mixer": own, "channel": mlp, "norm_placement": "post"}})
-    if kind not in TOKEN_MIXERS:
-        found["channel"] = small(blocks={"own": {"mixer": attention, "channel": own}})
-        found["channel sandwich"] = small(
-            blocks={"own": {"mixer": attention, "channel": own, "norm_placement": "sandwich"}}
-        )
-    return found
+    return find(kind).models(**settings)
