@@ -43,6 +43,11 @@ class StateField:
 StateSpec = dict[str, StateField]
 
 
+def recurrence_field(shape: tuple[int, ...], weight: Tensor) -> StateField:
+    """A row field for a sum over the past: float32 where ``weight`` has 16 bits, else of the model's dtype."""
+    return StateField("row", shape, torch.float32 if weight.dtype.itemsize < 4 else None)
+
+
 class LayerState(ABC):
     """One mixer's slice of the state, for the duration of a forward pass."""
 

@@ -1,0 +1,185 @@
+"""RWKV-4's time mixing: an average of the past with weights that fade, one rate a channel."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from octavo.nn.contracts import Aux, Capabilities, Context, Dims, Mixer, full_precision
+from octavo.nn.projection import Projection
+from octavo.nn.rwkv_channel import shift_ramp
+from octavo.nn.shift import n_valid, shift, tail
+from octavo.nn.state import LayerState, StateField, StateSpec, recurrence_field
+from octavo.schema import Config
+
+
+class Rwkv4(Mixer):
+    """``o(sigmoid(r_t) * sum_j p_tj v_j)``, ``p_tj ~ exp(k_j - (t-1-j) w)`` for j < t and ``p_tt ~ exp(k_t + u)``.
+
+    r, k and v are products of ``m x_t + (1 - m) x_{t-1}``, each with its own learnt m (the token shift). w > 0 is
+    how fast a channel forgets, u a bonus for the present token; both are learnt, one number a channel
+    (Peng et al. 2023, section 3.1). State a channel: numerator, denominator, and the largest
+    exponent, by which both are divided. ``plain`` goes token after token; ``chunked`` walks all chunks of about sqrt(T)
+    tokens side by side and then joins them.
+    """
+
+    capabilities = Capabilities(constant_state=True)
+
+    class Config(Config):
+        kind: Literal["rwkv4"] = "rwkv4"
+        width: int | None = Field(default=None, ge=1, description="channels of the average; default: d_model")
+        chunk: int | None = Field(default=None, ge=1, description="tokens; default: about the root of their number")
+        backend: Literal["auto", "plain", "chunked"] = "auto"
+
+    def __init__(self, config: Rwkv4.Config, dims: Dims):
+        super().__init__()
+        self.config, self.dims, D = config, dims, dims.d_model
+        self.width = width = config.width or D
+        self.mix_k, self.mix_v, self.mix_r = (nn.Parameter(torch.empty(D)) for _ in range(3))
+        self.decay, self.bonus = nn.Parameter(torch.empty(width)), nn.Parameter(torch.empty(width))
+        self.k, self.v, self.gate = Projection(D, width, "k"), Projection(D, width, "v"), Projection(D, width, "gate")
+        self.o = Projection(width, D, "o")
+
+    def reset(self) -> None:
+        """The authors' starting values: rates from e^-5 to e^3, a bonus of about log 0.3 that differs by channel."""
+        ramp, deep, late = shift_ramp(self.dims)
+        place = torch.arange(self.width, dtype=torch.float32)
+        with torch.no_grad():
+            self.mix_k.copy_(ramp**late)
+            self.mix_v.copy_(ramp**late + 0.3 * deep)
+            self.mix_r.copy_(ramp ** (0.5 * late))
+            self.decay.copy_(-5 + 8 * (place / max(self.width - 1, 1)) ** (0.7 + 1.3 * deep))
+            self.bonus.copy_(math.log(0.3) + 0.5 * ((place + 1) % 3 - 1))
+
+    def state_spec(self) -> StateSpec:
+        field = recurrence_field((self.width,), self.k.weight)
+        return {"x": StateField("row", (self.dims.d_model,)), "num": field, "den": field, "top": field}
+
+    def forward(self, x: Tensor, ctx: Context, state: LayerState | None = None) -> tuple[Tensor, Aux]:
+        T = x.shape[1]
+        back = shift(x, ctx, None if state is None else state.read("x")) - x
+        k, v, r = (
+            product(x + back * (1 - mix))
+            for product, mix in ((self.k, self.mix_k), (self.v, self.mix_v), (self.gate, self.mix_r))
+        )
+        sums = empty(k) if state is None else Sums(*(state.read(name) for name in ("num", "den", "top")))
+        inputs = k, v, full_precision(self.decay).exp(), self.bonus, ctx.starts if ctx.restarts else None, sums
+        if self.config.backend == "plain" or (self.config.backend == "auto" and T == 1):
+            y, after = recurrent(*inputs)
+        else:
+            y, after = chunked(*inputs, self.config.chunk)
+        if state is not None:
+            at = n_valid(ctx)[:, None, None].expand(-1, 1, self.width)  # the sums after a row's last valid token
+            last = (
+                torch.cat([b.to(a.dtype)[:, None], a], 1).gather(1, at)[:, 0] for b, a in zip(sums, after, strict=True)
+            )
+            state.write(x=tail(x, state.read("x")[:, None], ctx)[:, 0], **dict(zip(Sums._fields, last, strict=True)))
+        return self.o(r.sigmoid() * y.to(x.dtype)), {}
+
+    def flops(self, n_queries: int, n_keys: int) -> int:
+        """The average takes no matrix products."""
+        return 2 * n_queries * sum(p.d_in * p.d_out for p in (self.k, self.v, self.gate, self.o))
+
+    def predicted_parameters(self) -> int:
+        products = sum(p.n_parameters() for p in (self.k, self.v, self.gate, self.o))
+        return products + 3 * self.dims.d_model + 2 * self.width
+
+
+class Sums(NamedTuple):
+    """Numerator and denominator, both divided by e^top; (B, W), or (B, T, W) after each token."""
+
+    num: Tensor
+    den: Tensor
+    top: Tensor
+
+
+def empty(k: Tensor) -> Sums:
+    """Nothing seen yet, for k (B, T, W)."""
+    zero = torch.zeros_like(full_precision(k[:, 0]))
+    return Sums(zero, zero, torch.full_like(zero, float("-inf")))
+
+
+def recurrent(k: Tensor, v: Tensor, w: Tensor, u: Tensor, starts: Tensor | None, sums: Sums) -> tuple[Tensor, Sums]:
+    """Token after token: the averages (B, T, W) and the sums after each token, all of k's shape.
+
+    w and u (W,); ``starts`` (B, T) is True where another document begins.
+    """
+    k, v, u = full_precision(k), full_precision(v), full_precision(u)
+    num, den, top = (x.to(k.dtype) for x in sums)
+    seen, kept = [], []
+    for t, (k_t, v_t) in enumerate(zip(k.unbind(1), v.unbind(1), strict=True)):
+        if starts is not None:
+            top = top.masked_fill(starts[:, t, None], float("-inf"))
+        high = torch.maximum(top, k_t + u)
+        past, now = (top - high).exp(), (k_t + u - high).exp()
+        seen.append((past * num + now * v_t) / (past * den + now))
+        high = torch.maximum(top - w, k_t)
+        past, now = (top - w - high).exp(), (k_t - high).exp()
+        num, den, top = past * num + now * v_t, past * den + now, high
+        kept.append(Sums(num, den, top))
+    return torch.stack(seen, 1), Sums(*(torch.stack(x, 1) for x in zip(*kept, strict=True)))
+
+
+def chunked(
+    k: Tensor, v: Tensor, w: Tensor, u: Tensor, starts: Tensor | None, sums: Sums, chunk: int | None = None
+) -> tuple[Tensor, Sums]:
+    """The same, all chunks side by side: as many steps as a chunk has tokens, and as many as there are chunks.
+
+    The largest exponent comes first, by itself. Then both sums are one linear recurrence whose coefficients lie in
+    [0, 1] and whose products over any stretch are known in closed form from it, so that nothing overflows.
+    """
+    T = k.shape[1]
+    size = chunk or math.isqrt(T - 1) + 1
+    k, v, u = (full_precision(x) for x in (k, v, u))
+    (k, v), fade = _in_chunks(size, k, v), torch.zeros(1, 1, 1, 1, dtype=k.dtype, device=k.device)
+    if starts is not None:
+        fade = torch.zeros(starts.shape, dtype=k.dtype, device=k.device).masked_fill(starts, float("-inf"))
+        (fade,) = _in_chunks(size, fade[..., None])
+    fade = fade.expand(*k.shape[:3], 1)
+    since = fade.cumsum(2)  # -inf where a document began in this chunk
+    steps = torch.arange(1, size + 1, dtype=k.dtype, device=k.device)[:, None]
+    num, den, top = (x.to(k.dtype) for x in sums)
+
+    with torch.no_grad():  # the largest exponent: it cancels, and so do its gradients
+        local, m = [], torch.full_like(k[:, :, 0], float("-inf"))
+        for k_t, f_t in zip(k.unbind(2), fade.unbind(2), strict=True):
+            m = torch.maximum(m + f_t - w, k_t)
+            local.append(m)
+        entries, m = [], top
+        for end, cut in zip(local[-1].unbind(1), since[:, :, -1].unbind(1), strict=True):
+            entries.append(m)
+            m = torch.maximum(m + cut - w * size, end)
+        entry = torch.stack(entries, 1)[:, :, None]  # before each chunk
+        high = torch.maximum(torch.stack(local, 2), entry + since - w * steps)
+        high_before = torch.cat([entry, high[:, :, :-1]], 2)
+
+    keep, now = (high_before + fade - w - high).exp(), (k - high).exp()
+    carried = (entry + since - w * steps - high).exp()
+    new, state = torch.stack([now * v, now]), torch.zeros_like(k[:, :, 0])
+    within = []
+    for x_t, keep_t in zip(new.unbind(3), keep.unbind(2), strict=True):
+        state = keep_t * state + x_t
+        within.append(state)
+    state, found = torch.stack([num, den]), []
+    for end, kept in zip(within[-1].unbind(2), carried[:, :, -1].unbind(1), strict=True):
+        found.append(state)
+        state = kept * state + end
+    entered = torch.stack(found, 2)[:, :, :, None]
+    after = torch.stack(within, 3) + carried * entered
+    before = torch.cat([entered, after[:, :, :, :-1]], 3)
+
+    best = torch.maximum(high_before + fade, k.detach() + u.detach())
+    past, now = (high_before + fade - best).exp(), (k + u - best).exp()
+    y = (past * before[0] + now * v) / (past * before[1] + now)
+    y, num, den, top = (x.flatten(1, 2)[:, :T] for x in (y, after[0], after[1], high))
+    return y, Sums(num, den, top)
+
+
+def _in_chunks(size: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """(B, T, C) as (B, N, size, C), zeros at the end."""
+    return tuple(F.pad(x, (0, 0, 0, -x.shape[1] % size)).unflatten(1, (-1, size)) for x in tensors)
