@@ -4,13 +4,30 @@ from __future__ import annotations
 
 from octavo.nn.attention import Attention
 from octavo.nn.contracts import Mixer
+from octavo.nn.deltanet import DeltaNet, GatedDeltaNet
+from octavo.nn.gla import Gla
 from octavo.nn.latent import LatentAttention
 from octavo.nn.mlp import Glu, Mlp
 from octavo.nn.norm import LayerNorm, NoNorm, Norm, RMSNorm
 from octavo.nn.position import LearnedPositions, NoPositions, Positions, RotaryPositions, SinusoidalPositions
+from octavo.nn.rwkv4 import Rwkv4
+from octavo.nn.rwkv6 import Rwkv6
+from octavo.nn.rwkv_channel import RwkvChannel
 
-TOKEN_MIXERS: dict[str, type[Mixer]] = {"attention": Attention, "mla": LatentAttention}
-CHANNEL_MIXERS: dict[str, type[Mixer]] = {"mlp": Mlp, "glu": Glu}
+TOKEN_MIXERS: dict[str, type[Mixer]] = {
+    "attention": Attention,
+    "mla": LatentAttention,
+    "gla": Gla,
+    "deltanet": DeltaNet,
+    "gated_deltanet": GatedDeltaNet,
+    "rwkv4": Rwkv4,
+    "rwkv6": Rwkv6,
+}
+CHANNEL_MIXERS: dict[str, type[Mixer]] = {
+    "mlp": Mlp,
+    "glu": Glu,
+    "rwkv_channel": RwkvChannel,
+}
 NORMS: dict[str, type[Norm]] = {"layernorm": LayerNorm, "rmsnorm": RMSNorm, "none": NoNorm}
 POSITIONS: dict[str, type[Positions]] = {
     "none": NoPositions,
