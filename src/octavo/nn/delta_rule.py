@@ -43,8 +43,9 @@ def chunked(
     """The same in matrix products, chunk by chunk (Yang et al. 2024: DeltaNet, section 3; gated, section 3.3).
 
     What a chunk's tokens write, ``e``, solves ``(1 + tril(b k k^T D, -1)) e = b v - b A k h``, with D the decay from
-    writer to reader and A from the chunk's start: all chunks are solved at once, by forward substitution. (The series ``(1 - L)(1 + L^2)(1 + L^4) ...`` is products alone, but its terms grow beyond what float32 can cancel
-    where keys repeat.) Decays are sums of what is <= 0, never differences; a document that begins is a decay of -inf.
+    writer to reader and A from the chunk's start: all chunks are solved at once, by forward substitution. (The series
+    ``(1 - L)(1 + L^2)(1 + L^4) ...`` is products alone, but where keys repeat its terms grow beyond what float32 can
+    cancel.) Decays are sums of what is <= 0, never differences; a document that begins is a decay of -inf.
     """
     T, dtype = q.shape[1], full_precision(v).dtype
     size = min(chunk, T)
