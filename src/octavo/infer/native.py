@@ -19,8 +19,8 @@ from octavo.nn.attention import Attention
 from octavo.nn.kernels import build
 from octavo.nn.mlp import Glu, Mlp
 from octavo.nn.norm import RMSNorm
-from octavo.nn.position import RotaryPositions
 from octavo.nn.reader import FullReader
+from octavo.nn.rope import RotaryPositions
 from octavo.nn.state import ContiguousState
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
@@ -55,6 +55,8 @@ def unsuitable(model: Any, state: Any) -> str:
         return "not fp32 or bf16 on the CPU"
     if config.positions.kind not in ("rope", "none"):
         return f"positions {config.positions.kind}"
+    if (scaling := getattr(model.positions, "scaling", None)) is not None and scaling.by_length:
+        return "a rotation that depends on the length of the text"
     if config.embed_norm or config.embed_scale != 1 or config.logit_softcap is not None:
         return "a scaled or normed embedding, or capped logits"
     norms = [model.norm]

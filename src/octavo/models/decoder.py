@@ -16,8 +16,9 @@ from octavo.models.block import Block, BlockConfig, add_up
 from octavo.models.multi_token import MultiToken, MultiTokenConfig, looking_ahead
 from octavo.nn.contracts import Aux, Capabilities, Context, Dims, Head, Heads, Inputs, Mixer, Outputs
 from octavo.nn.norm import RMSNorm
-from octavo.nn.position import PositionDims, RotaryPositions
+from octavo.nn.position import PositionDims
 from octavo.nn.projection import Embedding, InitConfig, Projection, initialise
+from octavo.nn.rope import RotaryPositions
 from octavo.nn.state import ContiguousState, State, StateSpec, place
 from octavo.nn.tables import NORMS, POSITIONS, TOKEN_MIXERS
 from octavo.schema import Config, component, one_of

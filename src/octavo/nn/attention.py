@@ -13,7 +13,8 @@ from octavo.nn.contracts import Aux, Context, Dims, Heads, Mixer
 from octavo.nn.latent import LatentAttention
 from octavo.nn.norm import LayerNorm, Norm, RMSNorm
 from octavo.nn.projection import Projection
-from octavo.nn.reader import READERS, FullReader, Reader, Reading, WindowReader
+from octavo.nn.reader import FullReader, Reader, Reading, WindowReader
+from octavo.nn.readers import READERS
 from octavo.nn.state import LayerState, StateSpec
 from octavo.schema import Config, component, one_of
 
@@ -141,7 +142,8 @@ class Attention(Mixer):
 
     def flops(self, n_queries: int, n_keys: int) -> int:
         products = sum(p.d_in * p.d_out for p in self.products())
-        return 2 * n_queries * products + 4 * n_queries * n_keys * self.n_heads * self.head_dim
+        reading = (1 + self.reader.score_passes) * n_queries * n_keys * self.n_heads * self.head_dim
+        return 2 * (n_queries * products + reading)
 
     def predicted_parameters(self) -> int:
         norms = [norm for norm in (self.q_norm, self.k_norm) if norm is not None]

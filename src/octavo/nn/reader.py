@@ -15,6 +15,8 @@ from torch import Tensor
 from octavo.nn.attend import Attend, AttendName, attention_weights, by_ranges, causal_by_ranges
 from octavo.nn.contracts import Capabilities, Context, Keys
 from octavo.nn.position import Rotation
+from octavo.nn.reader_raw import read_raw
+from octavo.nn.rope import QueryRotation
 from octavo.nn.state import LayerState, StateField, StateSpec
 from octavo.schema import Config
 
@@ -43,6 +45,7 @@ class Reader(ABC):
     Config: ClassVar[type[Config]]
     capabilities: ClassVar[Capabilities] = Capabilities()
     window: int | None = None
+    score_passes: ClassVar[int] = 1  # how often all scores are computed
 
     @abstractmethod
     def state_spec(self, n_kv_heads: int, head_dim: int) -> StateSpec:
@@ -70,6 +73,8 @@ class FullReader(Reader):
         return {"k": entry, "v": entry}
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, state: LayerState | None, reading: Reading) -> Tensor:
+        if isinstance(reading.rotation, QueryRotation):  # keys cannot be kept turned then
+            return read_raw(self, q, k, v, ctx, state, reading, reading.rotation)
         if reading.rotation is not None:
             q, k = reading.rotation(q), reading.rotation(k)
         keys = ctx.keys
@@ -130,5 +135,3 @@ def attend_masked(
         ctx.recorded.setdefault("attention", []).append(attention_weights(q, k, mask, **how))  # type: ignore[arg-type]
     return reading.attend(q, k, v, mask, dropout=reading.dropout, **how)
 
-
-READERS: dict[str, type[Reader]] = {"full": FullReader, "window": WindowReader}

@@ -9,7 +9,9 @@ from octavo.nn.gla import Gla
 from octavo.nn.latent import LatentAttention
 from octavo.nn.mlp import Glu, Mlp
 from octavo.nn.norm import LayerNorm, NoNorm, Norm, RMSNorm
-from octavo.nn.position import LearnedPositions, NoPositions, Positions, RotaryPositions, SinusoidalPositions
+from octavo.nn.position import LearnedPositions, NoPositions, Positions, SinusoidalPositions
+from octavo.nn.position_bias import AlibiPositions, T5Positions
+from octavo.nn.rope import RotaryPositions
 from octavo.nn.rwkv4 import Rwkv4
 from octavo.nn.rwkv6 import Rwkv6
 from octavo.nn.rwkv_channel import RwkvChannel
@@ -34,4 +36,6 @@ POSITIONS: dict[str, type[Positions]] = {
     "learned": LearnedPositions,
     "sinusoidal": SinusoidalPositions,
     "rope": RotaryPositions,
+    "alibi": AlibiPositions,
+    "t5": T5Positions,
 }

@@ -11,7 +11,8 @@ from octavo.errors import UnsupportedError
 from octavo.laws.subject import randomise
 from octavo.models.decoder import Decoder, build
 from octavo.nn.contracts import Inputs
-from octavo.nn.position import PositionDims, RotaryPositions, SinusoidalPositions, sinusoid
+from octavo.nn.position import PositionDims, SinusoidalPositions, sinusoid
+from octavo.nn.rope import RotaryPositions
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,37 @@
+"""What may be changed on a trained model without touching a weight: how its rotary positions reach longer texts."""
+
+from __future__ import annotations
+
+from octavo.errors import UnsupportedError
+from octavo.models.decoder import Decoder
+from octavo.nn.rope import RotaryPositions
+from octavo.schema import Config
+
+
+def set_rope_scaling(model: Decoder, scaling: Config | None) -> None:
+    """Let ``model`` turn by other frequencies from now on; None: by those without any scaling.
+
+    Args:
+        model: with rotary positions. Its configuration says the new scaling too, so that it is saved with it.
+        scaling: the ``Config`` of one of ROPE_SCALINGS (nn/rope_scaling.py). Where it says no ``original``, the
+            model's max_seq_len is meant, which stays as it is: rotary tables do not end.
+
+    States made before do not fit.
+
+    Raises:
+        UnsupportedError: the model has other positions, or the scaling does not fit its heads.
+    """
+    positions = model.config.positions
+    if not isinstance(positions, RotaryPositions.Config):
+        raise UnsupportedError(
+            f"the model has positions {positions.kind}, nothing turns in it", fix="use a model with positions rope"
+        )
+    changed = positions.model_copy(update={"scaling": scaling})
+    for heads in model.config.heads():
+        if heads.rotary_width:
+            try:
+                changed.check(heads.rotary_width)
+            except ValueError as error:
+                raise UnsupportedError(str(error), fix="use another scaling") from None
+    model.positions = RotaryPositions(changed, model.config.position_dims())
+    model.config = model.config.model_copy(update={"positions": changed})
