@@ -22,9 +22,23 @@ from octavo.nn.norm import RMSNorm
 from octavo.nn.reader import FullReader
 from octavo.nn.rope import RotaryPositions
 from octavo.nn.state import ContiguousState
+from octavo.schema import Config
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 BITS = {torch.float32: 32, torch.bfloat16: 16}
+# The settings that the native step follows, or ``unsuitable`` asks about by name. Any other has to be at its default.
+KNOWN = {
+    "the model": frozenset(
+        "kind d_model n_layers max_seq_len vocab_size blocks pattern norm positions final_norm tie_embeddings head_bias"
+        " embed_scale embed_norm logit_softcap embed_dropout padding_id init shared multi_token".split()
+    ),
+    "a block": frozenset("mixer channel norm_placement topology residual_scale dropout".split()),
+    "attention": frozenset(
+        "kind n_heads n_kv_heads head_dim window reader rotate qkv_bias o_bias qk_norm qk_norm_over scale softcap"
+        " dropout backend".split()
+    ),
+    "a channel mixer": frozenset("kind d_ff activation bias dropout".split()),
+}
 
 
 @functools.cache
@@ -59,6 +73,8 @@ def unsuitable(model: Any, state: Any) -> str:
         return "a rotation that depends on the length of the text"
     if config.embed_norm or config.embed_scale != 1 or config.logit_softcap is not None:
         return "a scaled or normed embedding, or capped logits"
+    if why := _beyond("the model", config):
+        return why
     norms = [model.norm]
     for block in model.stack():
         parts = dict(block.sub_layers())
@@ -73,6 +89,9 @@ def unsuitable(model: Any, state: Any) -> str:
             return "capped attention, or layers that do not rotate"
         if type(channel) not in (Glu, Mlp) or channel.config.activation not in ACTIVATIONS:  # type: ignore[union-attr]
             return "not a GLU or MLP with a usual activation"
+        settings = {"a block": block.config, "attention": attention.config, "a channel mixer": channel.config}  # type: ignore[union-attr]
+        if why := next(filter(None, map(_beyond, settings, settings.values())), ""):
+            return why
         heads = [attention.q_norm, attention.k_norm]
         if any(norm is not None and norm.d != attention.head_dim for norm in heads):
             return "norms over all heads"
@@ -160,6 +179,14 @@ class NativeStep:
             sin.data_ptr() if sin is not None else None, caches, logits.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return logits
+
+
+def _beyond(what: str, config: Config) -> str:
+    """The first setting of ``config`` that is not known here and not at its default, in words."""
+    for name, field in type(config).model_fields.items():
+        if name not in KNOWN[what] and getattr(config, name) != field.get_default(call_default_factory=True):
+            return f"{what} with {name} = {getattr(config, name)}"
+    return ""
 
 
 def _eps(norm: nn.Module | None) -> float:

@@ -63,7 +63,7 @@ class FullReader(Reader):
         kind: Literal["full"] = "full"
 
     kind: Literal["token", "ring"] = "token"
-    ranged: ClassVar[bool] = True  # whether what a token reads is all from one token on
+    ranged: bool = True  # whether what a token reads is all from one token on
 
     def __init__(self, config: FullReader.Config | None = None, max_seq_len: int | None = None):
         pass
@@ -82,7 +82,7 @@ class FullReader(Reader):
             keys, held = state.append(ctx, k=k, v=v)
             k, v = held["k"], held["v"]
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if self._by_ranges(q, k, v, ctx, state, reading):
+        if self.ranged and self._by_ranges(q, k, v, ctx, state, reading):
             first = None if self.reads_all(ctx) else self.first_keys(ctx)
             return causal_by_ranges(q, k, v, first, scale=reading.scale).transpose(1, 2)
         # Only when nothing is packed, padded, cached or windowed does a flag say all that the mask would.
@@ -104,7 +104,7 @@ class FullReader(Reader):
     def _by_ranges(
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, state: LayerState | None, reading: Reading
     ) -> bool:
-        told = self.ranged and reading.training and ctx.causal and state is None and "attention" not in ctx.record
+        told = reading.training and ctx.causal and state is None and "attention" not in ctx.record
         bare = not reading.dropout and reading.softcap is None and reading.sinks is None and ctx.bias is None
         return told and bare and by_ranges(reading.backend, q, k, v)
 

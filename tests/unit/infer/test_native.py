@@ -141,6 +141,14 @@ def test_a_full_state_is_refused():
         ({"blocks": {"block": {"mixer": ATTENTION, "norm_placement": "sandwich"}}}, "norms not before"),
         ({"blocks": {"block": {"mixer": ATTENTION, "channel": {"kind": "glu", "activation": "sigmoid"}}}}, "usual"),
         ({"norm": {"kind": "rmsnorm", "offset": True}}, "not RMSNorm"),
+        ({"blocks": {"block": {"mixer": {"kind": "mla", "n_heads": 4}}}}, "not full attention"),
+        ({"blocks": {"block": {"mixer": ATTENTION | {"reader": {"kind": "strided", "stride": 4}}}}}, "not full"),
+        ({"blocks": {"block": {"mixer": ATTENTION | {"sinks": True}}}}, "attention with sinks = True"),
+        ({"blocks": {"block": {"mixer": ATTENTION | {"gate": "head"}}}}, "attention with gate = head"),
+        ({"blocks": {"block": {"mixer": ATTENTION | {"keys": "value"}}}}, "attention with keys = value"),
+        ({"blocks": {"block": {"mixer": {"kind": "attention", "n_heads": 4, "values": "input"}}}}, "values = input"),
+        ({"blocks": {"block": {"mixer": ATTENTION | {"v_rank": 8}}}}, "attention with v_rank = 8"),
+        ({"causal": False}, "the model with causal = False"),
     ],
 )
 def test_what_it_does_not_serve_is_named(changes, why):
