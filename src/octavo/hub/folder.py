@@ -131,7 +131,8 @@ def assemble(
         for name in own:
             parameter = found[name].to(dtype)
             module, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(module), leaf, torch.nn.Parameter(parameter.contiguous()))
+            made = torch.nn.Parameter(parameter.contiguous(), requires_grad=own[name].requires_grad)
+            setattr(model.get_submodule(module), leaf, made)
     return model.eval()
 
 

@@ -22,7 +22,8 @@ def causal(subject: Subject) -> None:
     """
     one_document = {"doc_ids": torch.zeros(2, subject.n_tokens, dtype=torch.long)}
     _causal(subject, {}, "")
-    _causal(subject, one_document, ", with a mask")
+    if subject.model.capabilities.packed:
+        _causal(subject, one_document, ", with a mask")
 
 
 def _causal(subject: Subject, named: dict[str, Tensor], said: str) -> None:
@@ -79,7 +80,10 @@ def padding(subject: Subject) -> None:
     order = torch.arange(T)
     valid = torch.stack([order >= 0, order >= 4, order < n[2], (order < 2) | (order >= 7)])
     tokens = subject.tokens(rows)
-    out = subject.logits(tokens, valid=valid)
+    if subject.model.capabilities.batch_independent:
+        out = subject.logits(tokens, valid=valid)
+    else:
+        out = torch.cat([subject.logits(tokens[row : row + 1], valid=valid[row : row + 1]) for row in range(rows)])
     for row in range(rows):
         alone = subject.logits(tokens[row : row + 1, valid[row]])
         name = ("none", "left", "right", "middle")[row]
@@ -198,6 +202,8 @@ def twins(subject: Subject) -> None:
         "padded": Inputs(tokens, valid=valid),
         "one token": Inputs(tokens[:, :1], valid=torch.ones(2, 1, dtype=torch.bool)),
     }
+    if not subject.model.capabilities.packed:
+        del cases["packed"]
 
     def run(model: Decoder, inputs: Inputs) -> tuple[Tensor, Tensor]:
         model.zero_grad()
@@ -219,10 +225,11 @@ def twins(subject: Subject) -> None:
 def compilable(subject: Subject) -> None:
     """torch.compile traces a whole pass, packed and padded, without a graph break; the result is the same."""
     T, tokens = subject.n_tokens, subject.tokens(2)
-    named = {"doc_ids": torch.arange(T).expand(2, T) // 5, "valid": torch.arange(T).expand(2, T) < T - 1}
-    traced = torch.compile(
-        lambda x, d, v: subject.model(Inputs(x, doc_ids=d, valid=v)).logits, fullgraph=True, backend="eager"
-    )
+    named = {"valid": torch.arange(T).expand(2, T) < T - 1}
+    if subject.model.capabilities.packed:
+        named["doc_ids"] = torch.arange(T).expand(2, T) // 5
+    torch.compiler.reset()  # every model comes this way, and only so many may come by one line
+    traced = torch.compile(lambda x, n: subject.model(Inputs(x, **n)).logits, fullgraph=True, backend="eager")
     with torch.no_grad():
-        out = traced(tokens, named["doc_ids"], named["valid"])
+        out = traced(tokens, named)
     require_close(out, subject.logits(tokens, **named), "compiled against eager")

@@ -7,7 +7,7 @@ H query heads, G key/value heads, K head width, V vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -67,7 +67,7 @@ class Context:
     one place where a recurrence resets. Padding stands at the end of each row, whatever the inputs were.
     ``plain`` says that nothing is packed, padded or cached, so that a causal flag can stand for the mask;
     without ``restarts`` no document begins but at a row's first token. ``causal`` is False in a model that reads
-    both ways. ``rotation`` and ``bias`` are what the position scheme gives to attention.
+    both ways. ``rotations`` by head width and ``bias`` are what the position scheme gives to attention.
     """
 
     positions: Tensor
@@ -79,7 +79,7 @@ class Context:
     keys: Keys
     restarts: bool = True
     causal: bool = True
-    rotation: Rotation | None = None
+    rotations: Mapping[int, Rotation | None] = field(default_factory=dict)
     bias: Callable[[Context, Keys], Tensor] | None = None
     record: frozenset[str] = frozenset()
     recorded: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -107,6 +107,10 @@ class Context:
         if shared:
             self._masks[causal, window] = mask
         return mask
+
+    def rotation(self, width: int) -> Rotation | None:
+        """What turns heads of ``width`` channels; None where nothing is turned."""
+        return self.rotations.get(width)
 
     def score_bias(self, keys: Keys) -> Tensor | None:
         """What the position scheme adds to scaled scores, (1 or B, H, T, S), or None."""
@@ -222,6 +226,12 @@ class Mixer(nn.Module, ABC):
 
     def reset(self) -> None:
         """Set the starting values of parameters that are not inside a Projection."""
+
+    def after_step(self, figures: Aux) -> None:
+        """Change what no gradient changes, after an update: ``figures`` are the ``aux`` of the whole step.
+
+        Only parameters that ask for no gradient may change here: they are saved, exported and restored as the others.
+        """
 
     @abstractmethod
     def flops(self, n_queries: int, n_keys: int) -> int:

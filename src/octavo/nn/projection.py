@@ -1,7 +1,8 @@
 """Weight products with a role, and how each role is initialised.
 
 Roles are the vocabulary by which initialisation, optimizer groups, adapters, quantisation, tensor-parallel
-plans and checkpoint importers speak of weights: embed, position, q, k, v, o, gate, up, down, head, norm.
+plans and checkpoint importers speak of weights: embed, position, q, k, v, o, gate, up, down, router, expert.gate,
+expert.up, expert.down, head, norm.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from octavo.nn.contracts import Mixer
+from octavo.nn.grouped import grouped_product
 from octavo.nn.norm import Norm
 from octavo.schema import Config
 
 # Roles whose product is added to the residual stream: their variance adds up over the depth.
-RESIDUAL_ROLES = frozenset({"o", "down"})
+RESIDUAL_ROLES = frozenset({"o", "down", "expert.down"})
 
 
 class InitConfig(Config):
@@ -51,6 +53,29 @@ class Projection(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.d_in}, {self.d_out}, role={self.role}, bias={self.bias is not None}"
+
+
+class GroupedProjection(nn.Module):
+    """``y_i = x_i W_g^T`` for the rows i of group g, with one weight (n, d_out, d_in) for all n groups."""
+
+    def __init__(self, n: int, d_in: int, d_out: int, role: str):
+        super().__init__()
+        self.n, self.d_in, self.d_out, self.role = n, d_in, d_out, role
+        self.weight = nn.Parameter(torch.empty(n, d_out, d_in))
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        """x (M, d_in), sorted by group, to (M, d_out); ``ends`` (n,) says where each group's rows end."""
+        return grouped_product(x, self.weight, ends)
+
+    def every(self, x: Tensor) -> Tensor:
+        """Every group's product: x (N, d_in), or (n, N, d_in) with one of its own for each, to (n, N, d_out)."""
+        return x @ self.weight.mT
+
+    def n_parameters(self) -> int:
+        return self.n * self.d_in * self.d_out
+
+    def extra_repr(self) -> str:
+        return f"{self.n} x ({self.d_in}, {self.d_out}), role={self.role}"
 
 
 @torch.library.custom_op("octavo::look_up", mutates_args=())
@@ -110,7 +135,7 @@ class Embedding(nn.Module):
 def initialise(model: nn.Module, config: InitConfig, n_layers: int, generator: torch.Generator | None = None) -> None:
     """Set every weight of ``model`` in place by its role; other parameters are set by ``reset``."""
     for module in model.modules():
-        if isinstance(module, Projection | Embedding):
+        if isinstance(module, Projection | GroupedProjection | Embedding):
             scale = (2 * n_layers) ** -0.5 if config.scale_residual and module.role in RESIDUAL_ROLES else 1.0
             # Drawn in fp32 on the CPU so that the start does not depend on dtype or device.
             weight = torch.empty(module.weight.shape, dtype=torch.float32)

@@ -12,7 +12,7 @@ from octavo.training.optim import AdamW, Group
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrix of each of (n, a, b), roughly: singular values go to about 1.
+    """The nearest semi-orthogonal matrix of each of (..., a, b), roughly: singular values go to about 1.
 
     The quintic Newton-Schulz iteration of Jordan et al. 2024 (Muon), with their coefficients: it does not
     converge to 1 exactly, it brings every singular value into [0.7, 1.2] in few products.
@@ -45,7 +45,8 @@ class Muon(AdamW):
         other_scale: float = Field(default=1.0, gt=0, description="a factor of lr for what is not a matrix")
 
     def rule_of(self, parameter: nn.Parameter, role: str) -> str:
-        return "adam" if parameter.ndim != 2 or role in ("embed", "position", "head") else "muon"
+        matrices = parameter.ndim == 2 or role.startswith("expert.")  # one a group, each made orthogonal alone
+        return "muon" if matrices and role not in ("embed", "position", "router", "head") else "adam"
 
     @torch.no_grad()
     def update(self, group: Group, state: dict[str, Tensor], lr: float) -> None:
@@ -61,6 +62,6 @@ class Muon(AdamW):
         for shape in dict.fromkeys(group.shapes):  # equal shapes go through the products together
             here = [i for i, other in enumerate(group.shapes) if other == shape]
             turned = orthogonalise(torch.stack([directions[i] for i in here]), config.steps)  # type: ignore[attr-defined]
-            scale = 0.2 * max(shape) ** 0.5
+            scale = 0.2 * max(shape[-2:]) ** 0.5
             for i, direction in zip(here, turned, strict=True):
                 weights[i].add_(direction, alpha=-lr * scale)

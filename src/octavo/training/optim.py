@@ -98,6 +98,8 @@ class Optimizer(ABC):
                 decay = 0.0 if role in config.no_decay_roles else config.weight_decay
                 key = (self.rule_of(parameter, role), decay, config.lr_scale.get(role, 1.0))
                 members.setdefault(key, []).append((name, parameter))
+        # Without a gradient, but part of the model all the same: saved and taken back with the rest.
+        self.fixed = [(name, p.data) for name, p in model.named_parameters() if not p.requires_grad]
         self.groups = [Group(named, dtype, *key) for key, named in members.items()]
         self.state = [{name: torch.zeros_like(g.master) for name in self.moments} for g in self.groups]
         self.averages = [group.master.clone() for group in self.groups] if average else []
@@ -157,7 +159,8 @@ class Optimizer(ABC):
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Master weights as ``model/NAME``, their average as ``average/NAME`` and moments as
-        ``optimizer/MOMENT/NAME``, views into the buffers."""
+        ``optimizer/MOMENT/NAME``, views into the buffers; parameters without gradient as ``model/NAME``."""
+        yield from ((f"model/{name}", tensor) for name, tensor in self.fixed)
         for i, (group, state) in enumerate(zip(self.groups, self.state, strict=True)):
             kinds = [("model", group.master), *((f"optimizer/{moment}", flat) for moment, flat in state.items())]
             kinds += [("average", self.averages[i])] if self.averages else []
