@@ -8,6 +8,7 @@ from octavo.nn.deltanet import DeltaNet, GatedDeltaNet
 from octavo.nn.gla import Gla
 from octavo.nn.latent import LatentAttention
 from octavo.nn.mlp import Glu, Mlp
+from octavo.nn.moe import DenseMoe, ExpertChoice, Moe
 from octavo.nn.norm import LayerNorm, NoNorm, Norm, RMSNorm
 from octavo.nn.position import LearnedPositions, NoPositions, Positions, SinusoidalPositions
 from octavo.nn.position_bias import AlibiPositions, T5Positions
@@ -29,6 +30,9 @@ CHANNEL_MIXERS: dict[str, type[Mixer]] = {
     "mlp": Mlp,
     "glu": Glu,
     "rwkv_channel": RwkvChannel,
+    "dense_moe": DenseMoe,
+    "moe": Moe,
+    "expert_choice": ExpertChoice,
 }
 NORMS: dict[str, type[Norm]] = {"layernorm": LayerNorm, "rmsnorm": RMSNorm, "none": NoNorm}
 POSITIONS: dict[str, type[Positions]] = {
