@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from octavo.nn.attention import Attention
+from octavo.nn.bengio import Bengio
 from octavo.nn.contracts import Mixer
+from octavo.nn.convolution import Convolution
 from octavo.nn.deltanet import DeltaNet, GatedDeltaNet
 from octavo.nn.gla import Gla
+from octavo.nn.hyena import Hyena
 from octavo.nn.latent import LatentAttention
+from octavo.nn.mamba import Mamba
 from octavo.nn.mlp import Glu, Mlp
 from octavo.nn.moe import DenseMoe, ExpertChoice, Moe
 from octavo.nn.norm import LayerNorm, NoNorm, Norm, RMSNorm
 from octavo.nn.position import LearnedPositions, NoPositions, Positions, SinusoidalPositions
 from octavo.nn.position_bias import AlibiPositions, T5Positions
+from octavo.nn.recurrent import Gru, Lstm, Rnn
 from octavo.nn.rope import RotaryPositions
 from octavo.nn.rwkv4 import Rwkv4
 from octavo.nn.rwkv6 import Rwkv6
 from octavo.nn.rwkv_channel import RwkvChannel
+from octavo.nn.s4d import S4d
 
 TOKEN_MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
@@ -25,6 +31,14 @@ TOKEN_MIXERS: dict[str, type[Mixer]] = {
     "gated_deltanet": GatedDeltaNet,
     "rwkv4": Rwkv4,
     "rwkv6": Rwkv6,
+    "mamba": Mamba,
+    "s4d": S4d,
+    "rnn": Rnn,
+    "lstm": Lstm,
+    "gru": Gru,
+    "bengio": Bengio,
+    "convolution": Convolution,
+    "hyena": Hyena,
 }
 CHANNEL_MIXERS: dict[str, type[Mixer]] = {
     "mlp": Mlp,
