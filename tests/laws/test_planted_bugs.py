@@ -45,7 +45,7 @@ BUGS = [
     ),
     Bug(
         "rotary offset", "models/decoder.py",
-        "self.positions.rotation(ctx.positions)", "self.positions.rotation(ctx.positions - ctx.positions[:, :1])",
+        "scheme.rotation(ctx.positions)", "scheme.rotation(ctx.positions - ctx.positions[:, :1])",
         (ATTENTION_LAWS,),
     ),
     Bug(
@@ -85,7 +85,7 @@ BUGS = [
     ),
     Bug(
         "accumulation", "training/loop.py",
-        "loss = self.forward(part) / weight", "loss = self.forward(part) / float(self.objective.weight(part) + 1e-9)",
+        "loss = loss / weight", "loss = loss / float(self.objective.weight(part) + 1e-9)",
         (MICRO_BATCHES,),
     ),
     Bug(

@@ -73,8 +73,6 @@ class Decoder(nn.Module):
                     f"shared and multi_token name unknown blocks {unknown}; there is {sorted(self.blocks)}"
                 )
             widths = {heads.rotary_width for heads in self.heads() if heads.rotary_width}
-            if len(widths) > 1 and self.positions.kind == "rope":
-                raise ValueError(f"one rotary table serves one head width, the blocks have {sorted(widths)}")
             for width in widths if self.positions.kind == "rope" else ():
                 self.positions.check(width)
             if self.padding_id is not None and self.vocab_size is not None and self.padding_id >= self.vocab_size:
@@ -95,11 +93,13 @@ class Decoder(nn.Module):
                     raise ValueError(f"blocks.{name}.mixer.{error}") from None
             return [heads for heads in found if heads is not None]
 
-        def position_dims(self) -> PositionDims:
-            """What the position scheme is told."""
+        def position_dims(self) -> list[PositionDims]:
+            """What the position scheme is told: once, or once for each width of what is rotated."""
             numbers = {heads.n_heads for heads in self.heads()}
-            width = next((heads.rotary_width for heads in self.heads() if heads.rotary_width), self.d_model)
-            return PositionDims(self.d_model, width, self.max_seq_len, numbers.pop() if len(numbers) == 1 else None)
+            n_heads = numbers.pop() if len(numbers) == 1 else None
+            widths = list(dict.fromkeys(heads.rotary_width for heads in self.heads() if heads.rotary_width))
+            rotated = widths if self.positions.kind == "rope" else widths[:1]
+            return [PositionDims(self.d_model, w, self.max_seq_len, n_heads) for w in rotated or [self.d_model]]
 
         def layer_names(self) -> list[str]:
             """The block of each layer, first to last."""
@@ -112,7 +112,7 @@ class Decoder(nn.Module):
         self.config, D, V = config, config.d_model, config.vocab_size
         self.vocab_size, self.max_seq_len = V, config.max_seq_len
         self.embed = Embedding(V, D, "embed", padding_id=config.padding_id)
-        self.positions = component(POSITIONS, config.positions.kind)(config.positions, config.position_dims())
+        self.use_positions(config)
         # Layers of a shared block are its first layer again: the place in ``blocks`` of what each layer uses.
         names, self.uses = config.layer_names(), list[int]()
         first: dict[str, int] = {}
@@ -136,6 +136,13 @@ class Decoder(nn.Module):
         if self.embed.weight.device.type != "meta":
             initialise(self, config.init, config.n_layers, generator)
 
+    def use_positions(self, config: Decoder.Config) -> None:
+        """Make the position schemes of ``config``: one, and for further head widths another rotary table each."""
+        make = component(POSITIONS, config.positions.kind)
+        self.positions, *others = (make(config.positions, dims) for dims in config.position_dims())
+        widths = [dims.head_dim for dims in config.position_dims()]
+        self.rotary = dict(zip(widths, (self.positions, *others), strict=True))
+
     def forward(self, inputs: Inputs, state: State | None = None, needs: Iterable[str] = ("logits",)) -> Outputs:
         """Run the model over ``inputs.tokens`` (B, T); see ``Outputs`` for what can be asked for.
 
@@ -157,7 +164,7 @@ class Decoder(nn.Module):
         ctx = state.begin(inputs) if state is not None else place(inputs)[0]
         ctx.record, ctx.causal = needs & {"attention"}, self.config.causal
         self._check_length(inputs.tokens.shape[1], ctx.positions)
-        ctx.rotation = self.positions.rotation(ctx.positions)
+        ctx.rotations = {width: scheme.rotation(ctx.positions) for width, scheme in self.rotary.items()}
         ctx.bias = self.positions.bias if self.positions.biased else None
         embedded = self._embedded(inputs.tokens)
         x = self.positions.embed(embedded, ctx.positions)

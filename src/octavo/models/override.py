@@ -33,5 +33,5 @@ def set_rope_scaling(model: Decoder, scaling: Config | None) -> None:
                 changed.check(heads.rotary_width)
             except ValueError as error:
                 raise UnsupportedError(str(error), fix="use another scaling") from None
-    model.positions = RotaryPositions(changed, model.config.position_dims())
     model.config = model.config.model_copy(update={"positions": changed})
+    model.use_positions(model.config)

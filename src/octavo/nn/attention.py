@@ -132,7 +132,7 @@ class Attention(Mixer):
             start = 2 if self.config.qk_norm_over == "all" else 3
             q, k = self.q_norm(q.flatten(start)).view_as(q), self.k_norm(k.flatten(start)).view_as(k)
         reading = Reading(
-            ctx.rotation if self.config.rotate else None, self.attend, self.backend, self.config.scale,
+            ctx.rotation(self.head_dim) if self.config.rotate else None, self.attend, self.backend, self.config.scale,
             self.config.softcap, self.config.dropout if self.training else 0.0, self.training, self.sinks,
         )  # fmt: skip
         y = self.reader.read(q, k, v, ctx, state, reading)
@@ -142,8 +142,8 @@ class Attention(Mixer):
 
     def flops(self, n_queries: int, n_keys: int) -> int:
         products = sum(p.d_in * p.d_out for p in self.products())
-        reading = (1 + self.reader.score_passes) * n_queries * n_keys * self.n_heads * self.head_dim
-        return 2 * (n_queries * products + reading)
+        reading = self.reader.flops(n_queries, n_keys, self.n_heads, self.n_kv_heads, self.head_dim)
+        return 2 * n_queries * products + reading
 
     def predicted_parameters(self) -> int:
         norms = [norm for norm in (self.q_norm, self.k_norm) if norm is not None]

@@ -98,8 +98,8 @@ class LatentAttention(Mixer):
         q = self.q(x if self.q_down is None or self.q_norm is None else self.q_norm(self.q_down(x)))
         q = q.view(B, T, self.n_heads, -1)
         content, turned, k_rope = q[..., : self.head_dim], q[..., self.head_dim :], self.k_rope(x)[:, :, None]
-        if ctx.rotation is not None:
-            turned, k_rope = ctx.rotation(turned), ctx.rotation(k_rope)
+        if (rotation := ctx.rotation(turned.shape[-1])) is not None:
+            turned, k_rope = rotation(turned), rotation(k_rope)
         latent, keys = torch.cat([self.kv_norm(self.kv_down(x)), k_rope[:, :, 0]], -1), ctx.keys
         if state is not None:
             keys, held = state.append(ctx, latent=latent)

@@ -62,7 +62,7 @@ def test_a_block_is_the_sum_it_says(placement):
     from octavo.nn.state import place
 
     ctx = place(Inputs(tokens))[0]
-    ctx.rotation = deep.positions.rotation(ctx.positions)
+    ctx.rotations = {deep.blocks[0].layers["mixer"].mixer.head_dim: deep.positions.rotation(ctx.positions)}
     for layer in deep.blocks[0].layers.values():
         h = layer.norm_in(x) if placement in ("pre", "sandwich") else x
         y = layer.mixer(h, ctx)[0]
@@ -79,7 +79,7 @@ def test_a_parallel_block_adds_both_to_the_same_x():
     from octavo.nn.state import place
 
     ctx = place(Inputs(tokens))[0]
-    ctx.rotation = deep.positions.rotation(ctx.positions)
+    ctx.rotations = {deep.blocks[0].layers["mixer"].mixer.head_dim: deep.positions.rotation(ctx.positions)}
     block = deep.blocks[0]
     h = block.norm(x)
     total = x + block.layers["mixer"].mixer(h, ctx)[0] + block.layers["channel"].mixer(h, ctx)[0]
@@ -235,13 +235,13 @@ LONGROPE = {"kind": "longrope", "short": [1.0] * 4, "long": [2.0] * 4, "original
         ({"block": {"topology": "parallel", "norm_placement": "post"}}, "one sum"),
         ({"block": {"shared_norm": True}}, "needs topology parallel"),
         ({"block": {"mixer": {"kind": "attention", "heads": 2}}}, "heads"),
-        ({"positions": "alibi"}, "alibi"),
+        ({"positions": "spiral"}, "spiral"),
         ({"embed_scale": 0}, "embed_scale"),
         ({"logit_softcap": 0}, "logit_softcap"),
         ({"positions": {"kind": "rope", "scaling": LONGROPE | {"short": [1.0]}}}, "short has 1 factors for 4 pairs"),
         ({"positions": {"kind": "rope", "fraction": 0.5, "scaling": LONGROPE}}, "short has 4 factors for 2 pairs"),
         ({"positions": {"kind": "rope", "scaling": LONGROPE | {"long": [1, 1, 0, 1]}}}, "must be positive"),
-        ({"positions": {"kind": "rope", "scaling": "ntk"}}, "scaling"),
+        ({"positions": {"kind": "rope", "scaling": "stretch"}}, "scaling"),
     ],
     ids=str,
 )

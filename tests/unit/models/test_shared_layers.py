@@ -100,3 +100,12 @@ def test_without_residual_the_gradient_of_the_first_layer_fades_with_depth():
     kept = reach(1.0, 16) / reach(1.0, 2)
     lost = reach(0.0, 16) / reach(0.0, 2)
     assert kept > 0.5 and lost < 1e-3 * kept
+
+
+def test_layers_may_rotate_heads_of_different_widths():
+    wide, narrow = {"kind": "attention", "n_heads": 2}, {"kind": "attention", "n_heads": 4}
+    both = config(2, blocks={"wide": {"mixer": wide}, "narrow": {"mixer": narrow}})
+    model = build(both)
+    assert sorted(model.rotary) == [4, 8]
+    wrong = [str(result) for result in laws.check(both) if not result.ok]
+    assert not wrong
