@@ -26,6 +26,8 @@ from octavo.nn.s4d import S4d
 TOKEN_MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
     "mla": LatentAttention,
+    "shaw": Shaw,
+    "transformer_xl": TransformerXl,
     "gla": Gla,
     "deltanet": DeltaNet,
     "gated_deltanet": GatedDeltaNet,
