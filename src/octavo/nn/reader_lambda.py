@@ -39,11 +39,11 @@ class LambdaReader(Reader):
         limit: int | None = Field(default=None, ge=1, description="of capped distances; default: window")
 
     def __init__(self, config: LambdaReader.Config, max_seq_len: int | None = None):
-        self.config, self.window, self.n_sinks = config, config.window, config.n_sinks
+        self.config, self.width, self.n_sinks = config, config.window, config.n_sinks
         self.limit = config.limit or config.window
 
     def state_spec(self, n_kv_heads: int, head_dim: int) -> StateSpec:
-        last = StateField("ring", (n_kv_heads, head_dim), length=self.window)
+        last = StateField("ring", (n_kv_heads, head_dim), length=self.width)
         first = StateField("row", (self.n_sinks, n_kv_heads, head_dim))
         return {"k": last, "v": last, "sink_k": first, "sink_v": first, "begin": StateField("row", (), torch.long)}
 
@@ -51,7 +51,7 @@ class LambdaReader(Reader):
         sinks, total = min(self.n_sinks, n_keys), 0
         for start in range(0, n_queries, QUERIES):
             stop = min(start + QUERIES, n_queries)
-            recent = stop - max(0, start - self.window + 1)
+            recent = stop - max(0, start - self.width + 1)
             total += (stop - start) * (recent * 3 + sinks * (2 if self.config.positions == "cache" else 3))
         return 2 * total * n_heads * head_dim
 
@@ -71,20 +71,20 @@ class LambdaReader(Reader):
         if n_old:
             key_begins = torch.cat([held[:, None].expand(-1, n_old), begins], 1)
         index = (slots - key_begins).clamp(min=0)
-        age = index // self.window
-        near = turn(recent["k"], index - self.window * (age - 1).clamp(min=0), reading.rotation)
-        older = turn(recent["k"], index % self.window, reading.rotation)
+        age = index // self.width
+        near = turn(recent["k"], index - self.width * (age - 1).clamp(min=0), reading.rotation)
+        older = turn(recent["k"], index % self.width, reading.rotation)
         outputs, maps = [], []
         for start in range(0, q.shape[1], QUERIES):
             some = slice(start, start + QUERIES)
-            first = 0 if start < self.window else n_old + start - self.window + 1
+            first = 0 if start < self.width else n_old + start - self.width + 1
             columns = slice(first, n_old + min(start + QUERIES, q.shape[1]))
             at, begin = ctx.slots[:, some, None], begins[:, some, None]
             distance = at - slots[:, None, columns]
-            allowed = (slots[:, None, columns] >= begin) & (distance >= 0) & (distance < self.window)
+            allowed = (slots[:, None, columns] >= begin) & (distance >= 0) & (distance < self.width)
             p = at - begin
-            same = (age[:, None, columns] == p // self.window)[:, None]
-            here = turn(q[:, some], (p - self.window * (p // self.window - 1).clamp(min=0))[..., 0], reading.rotation)
+            same = (age[:, None, columns] == p // self.width)[:, None]
+            here = turn(q[:, some], (p - self.width * (p // self.width - 1).clamp(min=0))[..., 0], reading.rotation)
             scores = torch.where(
                 same, products(here, near[:, columns], reading), products(here, older[:, columns], reading)
             )
@@ -123,9 +123,9 @@ class LambdaReader(Reader):
         """Scores of q (B, T, H, K), its number in the document p (B, T), and first tokens, and which count here."""
         slots, rotation = sinks["slots"][:, None], reading.rotation
         places = (sinks["slots"] - sinks["begins"]).clamp(min=0)
-        allowed = (slots >= 0) & (sinks["begins"][:, None] == begin) & (at - slots >= self.window)
+        allowed = (slots >= 0) & (sinks["begins"][:, None] == begin) & (at - slots >= self.width)
         if self.config.positions == "cache":
-            end = self.n_sinks + self.window - 1
+            end = self.n_sinks + self.width - 1
             return products(turn(q, p.clamp(max=end), rotation), turn(sinks["k"], places, rotation), reading), allowed
         true = products(
             turn(q, p.clamp(max=self.limit + self.n_sinks), rotation), turn(sinks["k"], places, rotation), reading

@@ -48,7 +48,7 @@ def products(q: Tensor, k: Tensor, reading: Reading) -> Tensor:
 
 
 def softmax(scores: Tensor, allowed: Tensor, reading: Reading) -> Tensor:
-    """Probabilities (B, H, T, S) of scores where ``allowed`` (B, 1 or H, T, S); a query that may read nothing gets 0."""
+    """Probabilities (B, H, T, S) of scores where ``allowed`` (B, 1 or H, T, S); 0 for a query that may read nothing."""
     if reading.softcap is not None:
         scores = torch.tanh(scores / reading.softcap) * reading.softcap
     scores, S = full_precision(scores), scores.shape[-1]
