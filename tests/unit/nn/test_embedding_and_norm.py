@@ -168,3 +168,23 @@ def test_a_norm_without_weight_scales_nothing():
     assert norm(x.bfloat16()).dtype == torch.bfloat16
     with pytest.raises(ValidationError, match="no w without weight"):
         RMSNorm.Config(weight=False, offset=True)
+
+
+@pytest.mark.parametrize(
+    ("norm", "start"),
+    [
+        (LayerNorm(LayerNorm.Config(), 4), {"weight": 1.0, "bias": 0.0}),
+        (RMSNorm(RMSNorm.Config(), 4), {"weight": 1.0}),
+        (RMSNorm(RMSNorm.Config(offset=True), 4), {"weight": 0.0}),
+    ],
+    ids=["layernorm", "rmsnorm", "rmsnorm offset"],
+)
+def test_reset_goes_back_to_the_start(norm, start):
+    """What a model made without storage relies on: nothing of what the memory held before is left."""
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.fill_(7.0)
+    norm.reset()
+    assert {name: parameter.tolist() for name, parameter in norm.named_parameters()} == {
+        name: [value] * 4 for name, value in start.items()
+    }
