@@ -55,6 +55,14 @@ class Reader(ABC):
     def read(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, state: LayerState | None, reading: Reading) -> Tensor:
         """Attention of q (B, T, H, K) over k, v (B, T, G, K), not yet rotated, and what is kept: (B, T, H, K)."""
 
+    def flops(self, n_queries: int, n_keys: int, n_heads: int, n_kv_heads: int, head_dim: int) -> int:
+        """Multiply-adds times two of one row's pass, matrix products only."""
+        return 2 * (1 + self.score_passes) * n_queries * n_keys * n_heads * head_dim
+
+    def apart(self, n_tokens: int) -> int:
+        """Of ``n_tokens`` kept, how many no query reads but those chosen for it: they could be in slower memory."""
+        return 0
+
 
 class FullReader(Reader):
     """Every earlier token of the document. Keys are kept rotated."""
