@@ -62,9 +62,8 @@ class RelativeAttention(Mixer):
         if state is not None:
             keys, held = state.append(ctx, k=k, v=v)
             k, v = held["k"], held["v"]
-        y = self.read(
-            *(t.transpose(1, 2) for t in (q, k, v)), behind(ctx, keys), ctx.mask(keys, causal=ctx.causal), ctx
-        )
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        y = self.read(q, k, v, behind(ctx, keys), ctx.mask(keys, causal=ctx.causal), ctx)
         return self.o(y.transpose(1, 2).reshape(B, T, -1)), {}
 
     @abstractmethod
@@ -90,10 +89,10 @@ class RelativeAttention(Mixer):
 
 
 class Shaw(RelativeAttention):
-    """``e_ij = q_i (k_j + a^K_c)^T / sqrt(K)``, ``y_i = sum_j softmax(e_i)_j (v_j + a^V_c)``, ``c = clip(j - i, -C, C)``.
+    """``e_ij = q_i (k_j + a^K_c)^T / sqrt(K)``, ``y_i = sum_j softmax(e_i)_j (v_j + a^V_c)``, ``c = clip(j - i)``.
 
-    a^K and a^V (2C + 1, K) are trained, one pair of tables for all heads of the layer; further than ``clip`` C all
-    distances are one. ``values`` false leaves a^V out. In a causal model the rows of later tokens stay idle.
+    a^K and a^V (2C + 1, K) are trained, one pair of tables for all heads of the layer; distances are clipped to
+    -C..C, C being ``clip``: further than that all are one. ``values`` false leaves a^V out. In a causal model the rows of later tokens stay idle.
     The fast form multiplies queries with the table once and picks by distance; for values it sums the
     probabilities of each distance first. Source: Shaw et al. 2018, equations 3 to 5.
     """
@@ -180,7 +179,7 @@ class TransformerXl(RelativeAttention):
         return self.attend(q + self.u[:, None], k, v, mask, bias * self.head_dim**-0.5, ctx)
 
     def flops(self, n_queries: int, n_keys: int) -> int:
-        """As ``plain`` in a causal model; both ways there are twice the distances, and ``auto`` takes the cheaper order."""
+        """Of ``plain`` in a causal model; both ways there are twice the distances, ``auto`` takes a cheaper order."""
         each = self.n_heads * self.head_dim
         distances = 2 * n_keys * self.r.d_in * self.r.d_out + 2 * n_queries * n_keys * each
         return self._reading_flops(n_queries, n_keys) + distances

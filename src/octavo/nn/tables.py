@@ -17,6 +17,7 @@ from octavo.nn.norm import LayerNorm, NoNorm, Norm, RMSNorm
 from octavo.nn.position import LearnedPositions, NoPositions, Positions, SinusoidalPositions
 from octavo.nn.position_bias import AlibiPositions, T5Positions
 from octavo.nn.recurrent import Gru, Lstm, Rnn
+from octavo.nn.relative import Shaw, TransformerXl
 from octavo.nn.rope import RotaryPositions
 from octavo.nn.rwkv4 import Rwkv4
 from octavo.nn.rwkv6 import Rwkv6
