@@ -23,6 +23,7 @@ TOKEN_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "plain": {"n_heads": 4, "n_kv_heads": 2, "backend": "plain", "qk_norm": {"kind": "layernorm"}},
         "capped": {"n_heads": 4, "n_kv_heads": 2, "qk_norm": "rmsnorm", "qk_norm_over": "all", "softcap": 2.0},
     },
+    "mla": {"": {"n_heads": 4, "kv_rank": 6, "q_rank": 5, "v_head_dim": 3}},
     "side_by_side": {
         "": {"mixers": {"near": {"kind": "attention", "n_heads": 2, "window": 4}}, "scales": {"near": 0.5}}
     },
@@ -99,8 +100,11 @@ def configuration(row: dict[str, str]) -> dict[str, Any]:
     value = {axis: AXES[axis][name] for axis, name in row.items()}
     block = {"mixer": value["mixer"], "channel": value["channel"], **value["layout"]}
     other = {"mixer": {"kind": "attention", "n_heads": 2, "n_kv_heads": 1, "head_dim": None}, "channel": None}
-    head_dim = value["mixer"].get("head_dim") or 16 // value["mixer"].get("n_heads", 2)
-    other["mixer"]["head_dim"] = head_dim  # one rotary table serves one head width
+    examined = TOKEN_MIXERS[value["mixer"]["kind"]]
+    heads = examined.heads(examined.Config.model_validate(value["mixer"]), 16)
+    if heads:  # positions that add to scores serve one number of heads
+        other["mixer"]["n_heads"] = heads.n_heads
+    other["mixer"]["head_dim"] = heads.rotary_width if heads and heads.rotary_width else 8  # one table, one width
     return {
         "d_model": 16, "n_layers": 2, "vocab_size": 19, "max_seq_len": 16, "padding_id": None,
         "blocks": {"examined": block, "other": other}, "norm": value["norm"], "positions": value["positions"],
