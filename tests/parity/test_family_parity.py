@@ -237,7 +237,7 @@ def test_missing_keys_mean_what_their_class_means():
 REFUSED = [
     ("mistral", {"attention_bias": True}, "attention_bias = True"),
     ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
-    ("mistral", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "rope_scaling"),
+    ("mistral", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "no low_freq_factor"),
     ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ("gemma2", {"layer_types": ["chunked_attention", "full_attention"]}, "layer_types"),
     ("gemma2", {"layer_types": ["full_attention"]}, "layer_types"),
@@ -245,7 +245,7 @@ REFUSED = [
     ("gemma2", {"mlp_bias": True}, "mlp_bias"),
     ("gemma2", {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}}, "rope_parameters"),
     ("olmo2", {"clip_qkv": 8.0}, "clip_qkv"),
-    ("olmo2", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling"),
+    ("olmo2", {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "rope_scaling"),
     ("olmo2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ("olmo2", {"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ("phi3", {"attention_bias": True}, "attention_bias"),

@@ -298,8 +298,8 @@ def test_written_config_has_both_spellings(tmp_path):
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}),
-        ("llama", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}),
+        ("llama", {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4, "factor": 4.0}}),
+        ("llama", {"rope_parameters": None, "rope_scaling": {"type": "mrope", "factor": 2.0}}),
         ("llama", {"pretraining_tp": 2}),
         ("llama", {"hidden_act": "mish"}),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from octavo.hub.family import Entry, Family, activation, hf_activation
+from octavo.hub.rope_words import WORDS, read_scaling, write_scaling
 from octavo.models.block import BlockConfig, NormPlacement
 from octavo.models.decoder import Decoder
 
@@ -28,6 +29,7 @@ class Llama(Family):
     default_theta, default_eps = 10000.0, 1e-6
     default_tied = False
     default_head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    scalable = True  # its class knows the scalings of rotation
     whole_heads = True  # its class refuses a hidden_size that num_attention_heads does not divide, whatever head_dim is
     products: ClassVar[Mapping[str, tuple[str, ...]]] = {
         **{f"self_attn.{name}_proj": (f"mixer.mixer.{name}",) for name in "qkvo"},
@@ -59,18 +61,23 @@ class Llama(Family):
     def read_positions(self, hf: Mapping[str, Any]) -> dict[str, Any]:
         """The position scheme; max_seq_len too, where the scheme decides it."""
         rope = self.rope(hf)
-        if (kind := rope.get("rope_type", rope.get("type", "default"))) not in (None, "default"):
-            raise self.refuse("rope_scaling", rope if len(str(rope)) < 100 else kind)
         theta = rope.get("rope_theta") or hf.get("rope_theta") or self.default_theta
-        return {"positions": {"kind": "rope", "theta": theta}}
+        kind = rope.get("rope_type", rope.get("type")) or "default"
+        if kind == "default":
+            return {"positions": {"kind": "rope", "theta": theta}}
+        if kind not in WORDS or not self.scalable:
+            raise self.refuse("rope_scaling", rope if len(str(rope)) < 100 else kind)
+        return {"positions": {"kind": "rope", "theta": theta, "scaling": read_scaling(kind, rope, hf)}}
 
     def write_positions(self, config: Decoder.Config) -> dict[str, Any]:
-        theta = config.positions.theta
+        positions: Any = config.positions
+        theta, scaling = positions.theta, write_scaling(positions.scaling, config.max_seq_len)
         return {
             "max_position_embeddings": config.max_seq_len,
             # Both spellings: readers before and after transformers 5 look for different ones.
             "rope_theta": theta,
-            "rope_parameters": {"rope_theta": theta, "rope_type": "default"},
+            "rope_parameters": {"rope_theta": theta, "rope_type": "default", **scaling},
+            **({"rope_scaling": {"rope_theta": theta, **scaling}} if scaling else {}),
         }
 
     def windows(self, hf: Mapping[str, Any]) -> list[int | None]:

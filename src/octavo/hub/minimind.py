@@ -22,6 +22,7 @@ class MiniMind(Llama):
 
     model_type, architecture = "minimind", "MiniMindForCausalLM"
     automatic = False
+    scalable = False  # its code has a YaRN of its own, whose ramp ends at another pair
     only: ClassVar[Mapping[str, Any]] = ONLY
     whole_heads = False
     default_theta = 1e6
@@ -56,6 +57,7 @@ class FirstMiniMind(Llama):
     """The first generation: other names, and a rotation of neighbouring channels. Read, never written."""
 
     model_type, architecture = "minimind", "MiniMindLM"
+    scalable = False
     only: ClassVar[Mapping[str, Any]] = ONLY
     optional_prefix = ""
     embedding, head = "tok_embeddings", "output.weight"

@@ -92,9 +92,9 @@ class Shaw(RelativeAttention):
     """``e_ij = q_i (k_j + a^K_c)^T / sqrt(K)``, ``y_i = sum_j softmax(e_i)_j (v_j + a^V_c)``, ``c = clip(j - i)``.
 
     a^K and a^V (2C + 1, K) are trained, one pair of tables for all heads of the layer; distances are clipped to
-    -C..C, C being ``clip``: further than that all are one. ``values`` false leaves a^V out. In a causal model the rows of later tokens stay idle.
-    The fast form multiplies queries with the table once and picks by distance; for values it sums the
-    probabilities of each distance first. Source: Shaw et al. 2018, equations 3 to 5.
+    -C..C, C being ``clip``: further than that all are one. ``values`` false leaves a^V out. In a causal model the
+    rows of later tokens stay idle. The fast form multiplies queries with the table once and picks by distance; for
+    values it sums the probabilities of each distance first. Source: Shaw et al. 2018, equations 3 to 5.
     """
 
     class Config(RelativeConfig):
