@@ -54,6 +54,7 @@ VERBS: dict[str, Verb] = {
     "chat": Verb("octavo.cli.chat", USE, "Talk to a model."),
     "serve": Verb("octavo.cli.serve", USE, "Serve a model over HTTP (OpenAI-compatible) with a web chat."),
     "eval": Verb("octavo.cli.eval", KNOW, "Score a model on held-out text and questions."),
+    "longcontext": Verb("octavo.cli.longcontext", KNOW, "Compare ways to read texts longer than those trained on."),
     "report": Verb("octavo.cli.report", KNOW, "Write the report page of a run, or of several side by side."),
     "checkpoint": Verb("octavo.cli.checkpoint", KNOW, "Read saved training state again: is every byte as it was?"),
     "verify": Verb("octavo.cli.verify", KNOW, "Run every law on a component, and show whose numbers it agrees with."),
