@@ -35,4 +35,30 @@ BUGS = [
         'padding="end"), order.argsort(1)', 'padding="end"), order',
         (laws_of("attention"),),
     ),
+    Bug(
+        "reader lambda: first tokens at their distance in the text, not in the cache", "nn/reader_lambda.py",
+        "turn(q, p.clamp(max=end), rotation)", "turn(q, p, rotation)",
+        ("tests/unit/nn/test_long_readers.py::test_lambda_reads_first_and_last_tokens_at_places_of_the_cache",),
+    ),
+    Bug(
+        "reader lambda: the first tokens of the document before", "nn/reader_lambda.py",
+        'allowed = (slots >= 0) & (sinks["begins"][:, None] == begin)', "allowed = (slots >= 0)",
+        ("tests/laws/test_long_reader_laws.py::test_every_law_on_a_reader_for_long_texts[cache]",),
+    ),
+    Bug(
+        "reader external_memory: local tokens take the memory's places", "nn/reader_memory.py",
+        'best = scores.masked_fill(~outside, float("-inf"))', "best = scores",
+        ("tests/unit/nn/test_long_readers.py::test_external_memory_merges_the_nearest_keys_before_the_softmax",),
+    ),
+    Bug(
+        "reader longheads: a chunk too far back", "nn/reader_blocks.py",
+        "cumsum(-1).flip(-1) - chosen.long()", "cumsum(-1).flip(-1)",
+        ("tests/unit/nn/test_long_readers.py::test_longheads_chooses_chunks_per_head_and_counts_positions_along_them",),
+    ),
+    Bug(
+        "reader parallel_windows: the task's positions count on", "nn/reader_parallel.py",
+        "min(self.length, self.task) + index - self.task", "index",
+        ("tests/unit/nn/test_long_readers.py::test_parallel_windows_have_the_published_positions"
+         "_and_do_not_see_each_other",),
+    ),
 ]  # fmt: skip
