@@ -280,3 +280,25 @@ def test_another_tokenizer_is_another_set_of_shards(corpus, tokenizer, tmp_path)
     second = write_shards(tmp_path / "out", "valid", tmp_path / "bpe", workers=1)
     assert second.vocab_hash != first.vocab_hash and second.n_tokens < first.n_tokens
     assert second.n_bytes == first.n_bytes
+
+
+def test_tokenising_that_was_broken_off_goes_on_and_leaves_nothing_of_another(
+    corpus, tokenizer, tmp_path, small_segments
+):
+    """Finished parts are taken over as they are; those of another tokenizer are gone from the folder."""
+    clean_documents(config_for(corpus), tmp_path, workers=1)
+    folder = tmp_path / "train"
+
+    def stop(stage, done, total):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        write_shards(tmp_path, "train", tokenizer, workers=1, progress=stop)
+    kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("tokens-*.npy")}
+    assert kept and not (folder / "manifest.json").exists()
+    stray = folder / "tokens-99999.npy"
+    stray.write_bytes(b"of another")
+    write_shards(tmp_path, "train", tokenizer, workers=1)
+    now = {path.name: path.stat().st_mtime_ns for path in folder.glob("tokens-*.npy")}
+    assert len(now) > len(kept) and {name: now[name] for name in kept} == kept
+    assert not stray.exists()
