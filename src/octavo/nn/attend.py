@@ -134,7 +134,8 @@ def with_sink(
     too, so that a causal flag stays a diagonal; its row of the result is to be dropped, and the last channel.
     """
     B, H, T, _ = q.shape
-    score = sinks.to(q.dtype)[:, None, None].expand(B, H, T, 1)
+    finite = sinks.to(q.dtype).clamp(min=torch.finfo(q.dtype).min)  # times 0 in other keys
+    score = finite[:, None, None].expand(B, H, T, 1)
     q = F.pad(torch.cat([q * scale, score], -1), (0, 0, 1, 0))
     k, v = F.pad(k, (0, 1, 1, 0)), F.pad(v, (0, 1, 1, 0))
     k = torch.cat([F.pad(torch.ones_like(k[:, :, :1, -1:]), (k.shape[-1] - 1, 0)), k[:, :, 1:]], 2)
