@@ -26,6 +26,7 @@ MAY_SEE: dict[str, set[str]] = {
     "models": {"nn"},
     "batch": {"nn"},
     "objectives": {"nn", "batch"},
+    "explain": {"nn", "models", "laws"},
     "laws": {"nn", "models", "batch", "objectives", "data"},
     "hub": {"nn", "models", "tokenizer"},
     "training": {"nn", "models", "batch", "objectives", "report"},

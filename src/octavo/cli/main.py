@@ -58,6 +58,7 @@ VERBS: dict[str, Verb] = {
     "report": Verb("octavo.cli.report", KNOW, "Write the report page of a run, or of several side by side."),
     "checkpoint": Verb("octavo.cli.checkpoint", KNOW, "Read saved training state again: is every byte as it was?"),
     "verify": Verb("octavo.cli.verify", KNOW, "Run every law on a component, and show whose numbers it agrees with."),
+    "explain": Verb("octavo.cli.explain", KNOW, "What a component is: formula, shapes, cost, settings, proof."),
     "data": Verb("octavo.cli.data", MOVE, "Read, clean, check and pack text; show what a step sees."),
     "tokenizer": Verb("octavo.cli.tokenizer", MOVE, "Train, apply and inspect tokenizers."),
     "convert": Verb("octavo.cli.convert", MOVE, "Write a model of another program as a folder of safetensors."),

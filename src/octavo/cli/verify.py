@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ import typer
 if TYPE_CHECKING:
     from octavo.laws.components import Component
     from octavo.laws.examine import Verdict
+    from octavo.laws.parity import Parity
 
 app = typer.Typer(add_completion=False)
 
@@ -40,7 +42,7 @@ def verify(
     a law is broken.
     """
     from octavo.laws.components import components
-    from octavo.laws.examine import HEADINGS, cells, examine
+    from octavo.laws.examine import HEADINGS, cells
     from octavo.laws.parity import from_lines, recorded
 
     found = [named(name) for name in names] if names else components()
@@ -52,15 +54,10 @@ def verify(
             records |= from_lines(parity)
         except ValueError as error:
             raise DataError(str(error), fix="give the file that OCTAVO_PARITY named") from None
-    verdicts: list[Verdict] = []
     if not as_json:
         typer.echo(_line([*HEADINGS, "standing"]))
-    for number, component in enumerate(found, 1):
-        _progress(f"{number} of {len(found)}: {component.name}")
-        verdicts.append(examine(component, records.get(component.kind, ()), slow=slow))
-        _progress("")
-        if not as_json:
-            typer.echo(_line([*cells(verdicts[-1]), verdicts[-1].standing]))
+    show = None if as_json else lambda one: typer.echo(_line([*cells(one), one.standing]))
+    verdicts = examine_all(found, records, slow=slow, each=show)
     broken = [(one, use, result) for one in verdicts for use, result in one.broken]
     if as_json:
         typer.echo(json.dumps([one.plain() for one in verdicts], indent=1))
@@ -71,6 +68,28 @@ def verify(
         kept = sum(one.standing == "keeps the laws" for one in verdicts)
         typer.echo(f"{proven} proven, {kept} keep the laws, {len(verdicts) - proven - kept} unproven")
     return 1 if broken else 0
+
+
+def examine_all(
+    found: Sequence[Component],
+    records: Mapping[str, list[Parity]] | None = None,
+    *,
+    slow: bool = False,
+    each: Callable[[Verdict], None] | None = None,
+) -> list[Verdict]:
+    """The verdict on each, with progress on the error stream; ``each`` gets every verdict as it is there."""
+    from octavo.laws.examine import examine
+    from octavo.laws.parity import recorded
+
+    records = recorded() if records is None else records
+    verdicts = []
+    for number, component in enumerate(found, 1):
+        _progress(f"{number} of {len(found)}: {component.name}")
+        verdicts.append(examine(component, records.get(component.kind, ()), slow=slow))
+        _progress("")
+        if each is not None:
+            each(verdicts[-1])
+    return verdicts
 
 
 def named(name: str) -> Component:
