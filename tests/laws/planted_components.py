@@ -61,4 +61,35 @@ BUGS = [
         ("tests/unit/nn/test_long_readers.py::test_parallel_windows_have_the_published_positions"
          "_and_do_not_see_each_other",),
     ),
+    Bug(
+        "mla: the scale of YaRN once, not squared", "nn/latent.py",
+        "math.log(self.factor) + 1) ** 2", "math.log(self.factor) + 1) ** 1",
+        ("tests/parity/test_mla_parity.py::test_decoding_from_the_latent_alone_is_their_full_pass",),
+    ),
+    Bug(
+        "mla: the shared key is kept unturned", "nn/latent.py",
+        "turned, k_rope = rotation(turned), rotation(k_rope)", "turned = rotation(turned)",
+        ("tests/parity/test_mla_parity.py::test_in_bf16",),
+    ),
+    Bug(
+        "reader fixed: blocks counted from the row's beginning", "nn/reader_sparse.py",
+        "read = self.pattern(ctx.slots[:, :, None] - begin, keys.slots[:, None, :] - begin)",
+        "read = self.pattern(ctx.slots[:, :, None], keys.slots[:, None, :])",
+        ("tests/laws/test_attention_options.py::test_every_law_on_every_option[reader fixed]",),
+    ),
+    Bug(
+        "reader strided: one token too few", "nn/reader_sparse.py",
+        "back.abs() <= self.config.stride", "back.abs() < self.config.stride",
+        ("tests/unit/nn/test_reader_sparse.py::test_strided_sets_are_the_papers",),
+    ),
+    Bug(
+        "tiles: what was summed before is not turned to the new maximum", "nn/flash.py",
+        "out[:, :, :, rows] = out[:, :, :, rows] * turn + read", "out[:, :, :, rows] = out[:, :, :, rows] + read",
+        ("tests/unit/nn/test_flash.py::test_any_tiles_equal_the_plain_form[nothing-2-3]",),
+    ),
+    Bug(
+        "sinks: hidden by the mask", "nn/attend.py",
+        "F.pad(mask, (1, 0, 1, 0), value=True)", "F.pad(mask, (1, 0, 1, 0), value=False)",
+        ("tests/parity/test_attention_parity.py::test_sinks_are_those_of_gpt_oss[5-sdpa]",),
+    ),
 ]  # fmt: skip
