@@ -2,12 +2,12 @@
 
     python benchmarks/ablations.py                             the standard library's sources, three seeds
     python benchmarks/ablations.py --text book.txt --steps 1000 --seeds 5
-    python benchmarks/ablations.py --only "as usual" "values are keys"
+    python benchmarks/ablations.py --only sinks "one key head"
 
 Bytes are the tokens. All ways read the same batches; a seed sets the first weights and the order of the text, so that
 differences are taken seed by seed, and their spread is the noise they are to be judged by. Losses are nats a byte on
-the last tenth of the text, after a learning rate that falls to zero. With --equal, what a way leaves out is given to its
-MLP: no way has fewer parameters than the usual one.
+the last tenth of the text, after a learning rate that falls to zero. With --equal, what a way leaves out is given to
+its MLP: no way has fewer parameters than the usual one.
 """
 
 from __future__ import annotations
@@ -117,9 +117,8 @@ def main() -> None:
             value, counts[name] = train(WAYS[name], data, seed, args)
             found[name].append(value)
             print(f"# seed {seed}, {name}: {value:.4f}", file=sys.stderr, flush=True)
-    print(
-        f"{len(data):,} bytes, {args.steps} steps of {ROWS} x {T}, {args.seeds} seeds, {time.perf_counter() - began:.0f} s"
-    )
+    seconds = time.perf_counter() - began
+    print(f"{len(data):,} bytes, {args.steps} steps of {ROWS} x {T}, {args.seeds} seeds, {seconds:.0f} s")
     print(f"{'':38}{'parameters':>11}{'nats/byte':>11}{'against usual':>15}{'+-':>8}")
     for name in names:
         gaps = [a - b for a, b in zip(found[name], found["as usual"], strict=True)]
