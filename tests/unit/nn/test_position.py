@@ -66,8 +66,11 @@ def test_the_two_layouts_are_different_tables():
     assert not torch.allclose(interleaved[:, 2::2], half[:, 1:4])  # their wavelengths differ too
 
 
-def test_adding_and_turning_are_two_things():
-    """E4: sinusoids are added before the first block, a rotation acts on queries and keys."""
+def test_trap_e4_adding_a_sinusoid_is_not_rope():
+    """E4: the notes define the added sinusoid under the heading RoPE.
+
+    Sinusoids are added before the first block, a rotation acts on queries and keys: two components.
+    """
     x, positions = random(1, 4, 8), torch.arange(4)[None]
     added = SinusoidalPositions(SinusoidalPositions.Config(), PositionDims(8, 4, 16))
     turned = RotaryPositions(RotaryPositions.Config(), PositionDims(8, 4, 16))
@@ -116,8 +119,11 @@ def test_the_layouts_are_equal_up_to_a_permutation_of_channels():
 
 
 @pytest.mark.rows("R4")
-def test_a_checkpoint_changes_layout_by_permuting_rows_of_q_and_k():
-    """E5: interleaved mathematics on weights of half-split code is another model, until q and k are permuted."""
+def test_trap_e5_a_checkpoint_changes_layout_by_permuting_rows_of_q_and_k():
+    """E5: the notes have mathematics of neighbouring pairs and code of half-split ones.
+
+    Interleaved mathematics on weights of half-split code is another model, until q and k are permuted.
+    """
     half, other = model({"kind": "rope"}), model({"kind": "rope", "layout": "interleaved"})
     tokens = torch.randint(19, (2, 8))
     wanted = half(Inputs(tokens)).logits
