@@ -90,7 +90,7 @@ def child(shape: dict[str, Any], variant: dict[str, Any], threads: int) -> None:
             return
         plain.zero_grad(set_to_none=True)
         for part in batch.split(train.micro_batch_rows or rows):
-            (trainer.forward(part) / (rows * T)).backward()
+            (trainer.forward(part)[0] / (rows * T)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         plain.step()
 

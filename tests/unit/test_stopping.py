@@ -140,7 +140,7 @@ def test_a_step_is_finished_and_saved(raw, tmp_path, monkeypatch):
 def test_a_step_that_takes_too_long_is_given_up_between_two_micro_batches(raw, tmp_path, monkeypatch):
     now = [0.0]
     stop = Asked(clock=lambda: now[0])
-    real, parts = Trainer._loss_sum, []
+    real, parts = Trainer._losses, []
 
     def slow(self: Trainer, batch: Any) -> Any:
         parts.append(self.step)
@@ -149,7 +149,7 @@ def test_a_step_that_takes_too_long_is_given_up_between_two_micro_batches(raw, t
         now[0] += 5.0
         return real(self, batch)
 
-    monkeypatch.setattr(Trainer, "_loss_sum", slow)
+    monkeypatch.setattr(Trainer, "_losses", slow)
     raw = {**raw, "train": {**raw["train"], "step_tokens": 256, "valid_every": 100}}
     what = stopped(raw, tmp_path / "run", stop, "pretrain")
     assert what == "SIGTERM, saved at step 1 of 8" and parts == [0, 0, 0, 0, 1, 1]
@@ -157,7 +157,7 @@ def test_a_step_that_takes_too_long_is_given_up_between_two_micro_batches(raw, t
 
 def test_a_validation_is_broken_off_and_done_again(raw, whole, tmp_path, monkeypatch):
     stop, batches = Asked(), []
-    real = Trainer._loss_sum
+    real = Trainer._losses
 
     def look(self: Trainer, batch: Any) -> Any:
         if not self.model.training:
@@ -165,7 +165,7 @@ def test_a_validation_is_broken_off_and_done_again(raw, whole, tmp_path, monkeyp
             stop.ask()
         return real(self, batch)
 
-    monkeypatch.setattr(Trainer, "_loss_sum", look)
+    monkeypatch.setattr(Trainer, "_losses", look)
     what = stopped(raw, tmp_path / "run", stop, "pretrain")
     assert what == "SIGTERM, saved at step 4 of 8" and batches == [4]
     found = checkpoint.newest(tmp_path / "run" / "pretrain" / "checkpoints")

@@ -23,9 +23,10 @@ from octavo.batch import Batch
 from octavo.errors import CheckpointError, DataError, ResourceError, StopRequested
 from octavo.metrics_file import MetricsFile
 from octavo.nn.attention import use_backend
+from octavo.nn.contracts import Aux, Mixer
 from octavo.objectives.contract import Objective
 from octavo.stop import StopSignal
-from octavo.training import checkpoint
+from octavo.training import checkpoint, figures
 from octavo.training.machine import DTYPES, matmul_peak, set_threads, use_compile_cache
 from octavo.training.numeric import Guard, not_finite
 from octavo.training.optim import Optimizer
@@ -87,22 +88,24 @@ class Trainer:
         make = OPTIMIZERS[config.optimizer.kind]
         self.optimizer: Optimizer = make(config.optimizer, model, self.dtype, config.average)
         self.schedule: Schedule = SCHEDULES[config.schedule.kind](config.schedule)
-        self.forward: Callable[[Batch], Tensor] = self._loss_sum
+        self.forward: Callable[[Batch], tuple[Tensor, Aux]] = self._losses
         if config.compile == "step":
             use_compile_cache()
-            self.forward = torch.compile(self._loss_sum, dynamic=False)
+            self.forward = torch.compile(self._losses, dynamic=False)
         self.compiling = config.compile == "step"  # until the first gradient is there; it may be broken off
         self.step = self.tokens_seen = 0
         self.guard = Guard(config, self.optimizer, held.folder, held.run_id, held.console)
         self.figures: dict[str, float] = {}
+        self.reported: Aux = {}  # what the layers said of the last step
         self.due: list[str] = []  # looks at the model that a stop broke off
         self.failed_saves = 0
         self.last_saved = -1
         self.stops = 0  # saves that only a stop asked for, since the last that was due
 
-    def _loss_sum(self, batch: Batch) -> Tensor:
+    def _losses(self, batch: Batch) -> tuple[Tensor, Aux]:
+        """The objective's sum of losses, and the figures of the layers."""
         outputs = self.model(batch.inputs(), needs=self.objective.needs)
-        return self.objective.loss_sum(outputs, batch)
+        return self.objective.loss_sum(outputs, batch), outputs.aux
 
     # ------------------------------------------------------------------------------------- one step
 
@@ -110,8 +113,9 @@ class Trainer:
         """Mean loss and gradient norm of a whole step, gradients left in the optimizer.
 
         The sum over micro-batches is divided by the weight of the whole step, so any split gives the
-        gradient of one large batch.
+        gradient of one large batch. Losses of the layers are trained on too, but are not in the loss.
         """
+        self.reported = {}
         weight = float(self.objective.weight(batch))
         if weight == 0:
             return 0.0, 0.0
@@ -119,10 +123,13 @@ class Trainer:
         for part in batch.split(self.config.micro_batch_rows or batch.rows):
             if self.held.stop.overdue:
                 self.held.stop.check()
-            loss = self.forward(part) / weight
-            loss.backward()
+            loss, aux = self.forward(part)
+            loss = loss / weight
+            further = [value / weight for name, value in aux.items() if name.startswith(figures.TRAINED)]
+            sum(further, loss).backward()
             self.optimizer.gather()
             total += float(loss.detach())
+            self.reported = figures.gathered(self.reported, aux)
         return total, float(self.optimizer.grad_norm())
 
     def train_step(self) -> dict[str, float]:
@@ -142,9 +149,13 @@ class Trainer:
         else:
             clip = 1.0 if config.clip_norm is None or norm <= config.clip_norm else config.clip_norm / (norm + 1e-6)
             self.optimizer.step(lr, clip)
+            for module in self.model.modules():
+                if isinstance(module, Mixer):
+                    module.after_step(self.reported)
         self.step += 1
         self.tokens_seen += int(batch.valid.sum())
-        return {"loss": loss, "grad_norm": norm, "lr": lr, "spike": sigmas}
+        further = figures.headline(self.reported, float(self.objective.weight(batch)))
+        return {"loss": loss, "grad_norm": norm, "lr": lr, "spike": sigmas, **further}
 
     # ------------------------------------------------------------------------------------- the loop
 
@@ -213,7 +224,7 @@ class Trainer:
             bar.update(1, **shown)
             if n % config.log_every == 0 or n == config.steps:
                 self._log(metrics, {"kind": "train", "step": n, "tokens_seen": self.tokens_seen, **shown,
-                                    "seconds": seconds})  # fmt: skip
+                                    **figures.written(self.reported), "seconds": seconds})  # fmt: skip
                 mark, marked = time.perf_counter(), self.tokens_seen
             looks = {"valid": (held.valid, config.valid_every), "sample": (held.sample, config.sample_every)}
             self.due = [name for name, (what, every) in looks.items() if what and (n % every == 0 or n == config.steps)]
@@ -245,7 +256,7 @@ class Trainer:
 
     def _guarded_step(self) -> dict[str, float]:
         """A step; where compiled code cannot be built after all, say so once and go on without."""
-        if self.config.compile != "step" or self.forward == self._loss_sum:
+        if self.config.compile != "step" or self.forward == self._losses:
             return self.train_step()
         from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
         from torch._inductor.exc import InductorError
@@ -257,7 +268,7 @@ class Trainer:
             reason = str(error).splitlines()[0][:120]
             self.held.console.warn(f"going on without compilation, slower: {type(error).__name__}: {reason}")
             self.optimizer.clear()
-            self.forward = self._loss_sum
+            self.forward = self._losses
             return self.train_step()
 
     @torch.no_grad()
@@ -269,7 +280,7 @@ class Trainer:
             for batch in self.held.valid:
                 for part in batch.split(self.config.micro_batch_rows or batch.rows):
                     self.held.stop.check()
-                    total += float(self._loss_sum(part))
+                    total += float(self._losses(part)[0])
                     weight += float(self.objective.weight(part))
         self.model.train()
         loss = total / max(weight, 1.0)

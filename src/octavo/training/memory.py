@@ -242,6 +242,9 @@ def _surely_small(model: Decoder.Config, config: TrainConfig, rows: int, room: i
     """Whether a bound that is far too high fits: it spares a small run the counting."""
     seq_len = config.seq_len or min(model.max_seq_len, config.step_tokens)
     D, V, n = model.d_model, model.vocab_size or 1 << 18, model.n_layers
-    parameters = 2 * V * D + n * 100 * D * D
-    per_token = n * (200 * D + 8 * seq_len * D // 16) + 16 * V
+    with torch.device("meta"):
+        net = Decoder(model.model_copy(update={"vocab_size": V}))
+    parameters = sum(p.numel() for p in net.parameters())
+    widths = sum(mixer.flops(1, 1) for mixer in net.mixers().values()) // (2 * D)  # of a token's products, all layers
+    per_token = n * (200 * D + 8 * seq_len * D // 16) + 16 * widths + 16 * V
     return room > 1 << 30 and BASE_BYTES + 32 * parameters + 8 * per_token * rows * seq_len < room // 4

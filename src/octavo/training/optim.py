@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from octavo.nn.contracts import Mixer
 from octavo.schema import Config
 
 
@@ -27,6 +28,15 @@ def role_of(model: nn.Module) -> dict[str, str]:
             role = "bias" if name == "bias" or name.endswith("_bias") else getattr(module, "role", "other")
             roles[f"{path}.{name}" if path else name] = role
     return roles
+
+
+def moved_by_counts(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What no gradient moves but a mixer's ``after_step``: saved and taken back as the weights are."""
+    for path, module in model.named_modules():
+        if isinstance(module, Mixer) and type(module).after_step is not Mixer.after_step:
+            for name, parameter in module.named_parameters(path, recurse=False):
+                if not parameter.requires_grad:
+                    yield name, parameter.data
 
 
 class OptimizerConfig(Config):
@@ -98,8 +108,7 @@ class Optimizer(ABC):
                 decay = 0.0 if role in config.no_decay_roles else config.weight_decay
                 key = (self.rule_of(parameter, role), decay, config.lr_scale.get(role, 1.0))
                 members.setdefault(key, []).append((name, parameter))
-        # Without a gradient, but part of the model all the same: saved and taken back with the rest.
-        self.fixed = [(name, p.data) for name, p in model.named_parameters() if not p.requires_grad]
+        self.counted = list(moved_by_counts(model))
         self.groups = [Group(named, dtype, *key) for key, named in members.items()]
         self.state = [{name: torch.zeros_like(g.master) for name in self.moments} for g in self.groups]
         self.averages = [group.master.clone() for group in self.groups] if average else []
@@ -159,8 +168,8 @@ class Optimizer(ABC):
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Master weights as ``model/NAME``, their average as ``average/NAME`` and moments as
-        ``optimizer/MOMENT/NAME``, views into the buffers; parameters without gradient as ``model/NAME``."""
-        yield from ((f"model/{name}", tensor) for name, tensor in self.fixed)
+        ``optimizer/MOMENT/NAME``, views into the buffers; what mixers move themselves as ``model/NAME`` too."""
+        yield from ((f"model/{name}", tensor) for name, tensor in self.counted)
         for i, (group, state) in enumerate(zip(self.groups, self.state, strict=True)):
             kinds = [("model", group.master), *((f"optimizer/{moment}", flat) for moment, flat in state.items())]
             kinds += [("average", self.averages[i])] if self.averages else []

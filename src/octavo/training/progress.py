@@ -40,6 +40,10 @@ FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "grad_norm": ("grad", lambda value: f"{value:.2f}" if abs(value) < 1000 else f"{value:.1e}"),
     "lr": ("lr", lambda value: f"{value:.2e}"),
     "mfu": ("MFU", lambda value: words.percent(value, 1 if value < 0.1 else 0)),
+    "max_load": ("busiest expert", lambda value: f"{value:.2f}x"),
+    "dropped": ("dropped", lambda value: words.percent(value, 1)),
+    "loss.balance": ("balance loss", lambda value: f"{value:.4f}"),
+    "loss.router_z": ("router z", lambda value: f"{value:.4f}"),
 }
 
 
@@ -117,9 +121,9 @@ class Bar:
     def update(self, n: int = 1, **figures: float | None) -> None:
         """Count ``n`` more units as done and show ``figures``.
 
-        Known figures are loss, bits_per_byte, grad_norm, lr, mfu (a share of one) and
-        tokens_per_second, which is then shown as the rate. A figure stays until it is given again; None
-        takes it away. Any other name is shown as it is.
+        Known figures are those of FIGURES (mfu and dropped are shares of one) and tokens_per_second,
+        which is then shown as the rate. A figure stays until it is given again; None takes it away. Any
+        other name is shown as it is.
         """
         self.progress.update(n)
         for name, value in figures.items():

@@ -88,7 +88,7 @@ def replay(trainer: Trainer, tensors: Mapping[str, Tensor], state: Mapping[str, 
     result = Replay(state["step"], loss, norm, float(state["loss"]), float(state["grad_norm"]))
     result.weights = not_finite(trainer.model.named_parameters())
     # Compiled code has no layers to look at: the second time goes without.
-    trainer.forward = trainer._loss_sum
+    trainer.forward = trainer._losses
     with _watch(trainer.model, result):
         compute()
     result.parameters = not_finite(

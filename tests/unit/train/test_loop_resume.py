@@ -184,13 +184,13 @@ def test_a_stop_breaks_off_a_validation_which_is_done_again(tmp_path):
     changes: dict[str, Any] = {"valid_every": 4, "micro_batch_rows": 1}
     expected = uninterrupted(tmp_path / "whole", **changes)
     made, looked = trainer(tmp_path / "part", **changes), []
-    whole = made._loss_sum
+    whole = made._losses
 
-    def counted(batch: Any) -> torch.Tensor:
+    def counted(batch: Any) -> Any:
         looked.append(batch)
         return whole(batch)
 
-    made._loss_sum = counted  # validation calls it; a step calls what it was when the trainer was made
+    made._losses = counted  # validation calls it; a step calls what it was when the trainer was made
     made.held.stop = StopSignal(2, clock=lambda: len(looked))
     with pytest.raises(StopRequested, match="saved at step 4 of 12"):
         made.fit()
@@ -204,7 +204,7 @@ def test_a_step_that_takes_too_long_is_given_up(tmp_path):
     made, clock = trainer(tmp_path / "part", micro_batch_rows=1), [0]
     whole = made.forward
 
-    def slow(batch: Any) -> torch.Tensor:
+    def slow(batch: Any) -> Any:
         clock[0] += 5
         return whole(batch)
 
