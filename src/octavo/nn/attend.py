@@ -99,7 +99,9 @@ def sdpa(
     Grouped heads (enable_gqa): on the CPU the fused kernel, forward and backward, reads key head h // (H / G)
     in place. With dropout there is no fused kernel on the CPU: torch's plain one then repeats k and v in memory.
     None of the kernels bends scores: with ``softcap`` this is ``plain``. Sinks become a token before the first,
-    see ``with_sink``; one query alone is not worth copying the keys for.
+    see ``with_sink``; one query alone is not worth copying the keys for. Values of another width than keys leave
+    the CPU's fused kernel, which at 1,024 tokens takes twice the time and the memory of all scores: there they are
+    padded.
     """
     if softcap is not None or (sinks is not None and q.shape[2] == 1):
         return plain(
@@ -109,6 +111,10 @@ def sdpa(
         q, k, v, mask, bias = with_sink(q, k, v, mask, bias, sinks, scale or q.shape[-1] ** -0.5)
         y = sdpa(q, k, v, mask, causal=causal, scale=1.0, bias=bias, dropout=dropout)
         return y[:, :, 1:, :-1]
+    width, fused = v.shape[-1], q.device.type == "cpu" and not dropout and q.shape[2] > 1
+    if fused and width != q.shape[-1]:
+        scale = scale or q.shape[-1] ** -0.5
+        return sdpa(*_equally_wide(q, k, v), mask, causal=causal, scale=scale, bias=bias)[..., :width]
     if bias is not None:  # as one mask of numbers; the flag has to be in it then
         allowed = mask if mask is not None else torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
         allowed = allowed.tril() if causal else allowed

@@ -1,8 +1,9 @@
 """Readers of the sparse transformer: each token reads about the square root of what came before.
 
-What is saved is time and the memory of scores. There are as many parameters as before, and as many cached keys.
-Where nothing is cached or packed, the parts that leave most keys out are computed without them; everything else is
-full attention under a mask.
+There are as many parameters as before, and as many cached keys.
+Windows and blocks are ranges of keys for the kernel that training has; columns and summaries are computed without the
+other keys where nothing is cached or packed. Everything else, the unions among them, is full attention under a mask and
+saves no time.
 """
 
 from __future__ import annotations
