@@ -220,3 +220,24 @@ def test_the_complex_twin(scaling):
     torch.testing.assert_close(interleaved, wanted, rtol=0, atol=1e-5)  # the tables' angles are float32
     torch.testing.assert_close(half[..., order], interleaved, rtol=0, atol=1e-12)
     agree("rope", "complex numbers, torch.polar", interleaved, wanted, case="interleaved")
+
+
+@pytest.mark.rows("R7", "R9")
+@pytest.mark.parametrize("kind", ["ntk", "dynamic_simple", "truncation"])
+def test_closed_forms_in_python_floats(kind):
+    """What transformers has no function for, worked out pair by pair from the formulas of the sources."""
+    base, lengths = 500.0, [8, TRAINED, 24, 100]
+    thetas = [base ** (-2 * i / HEAD_DIM) for i in range(HEAD_DIM // 2)]
+    values = {"ntk": {"factor": 3.0}, "dynamic_simple": {}, "truncation": {"keep": 0.3, "zero": 0.01, "middle": 0.02}}
+    config = RotaryPositions.Config.model_validate({"theta": base, "scaling": {"kind": kind, **values[kind]}})
+    scaling = RotaryPositions(config, PositionDims(0, HEAD_DIM, TRAINED)).scaling
+    if kind == "ntk":
+        got, scaled = scaling.frequencies(HEAD_DIM, base), base * 3.0 ** (HEAD_DIM / (HEAD_DIM - 2))
+        wanted = [scaled ** (-2 * i / HEAD_DIM) for i in range(HEAD_DIM // 2)]
+    elif kind == "truncation":
+        got = scaling.frequencies(HEAD_DIM, base)
+        wanted = [theta if theta >= 0.3 else 0.0 if theta <= 0.01 else 0.02 for theta in thetas]
+    else:
+        got = scaling.frequencies_for(torch.tensor(lengths), HEAD_DIM, base).flatten()
+        wanted = [(base * max(1.0, T / TRAINED)) ** (-2 * i / HEAD_DIM) for T in lengths for i in range(HEAD_DIM // 2)]
+    agree(kind, "its formula in Python floats", got, torch.tensor(wanted, dtype=torch.float64))

@@ -134,41 +134,38 @@ def test_t5_refuses_ranges_that_are_none():
         T5Positions.Config(n_buckets=32, max_distance=16)
 
 
-@pytest.mark.slow
 @pytest.mark.rows("R5")
 def test_alibi_reads_texts_eight_times_as_long_as_it_was_trained_on():
-    """Trained on 16 tokens of a text in which each token follows from the two before; read at 128.
+    """Trained on 16 tokens of a text in which each token follows from the two before, nine times of ten; read at 128.
 
-    The loss of the last 64 tokens stays that of the trained length; sinusoids, trained alike, break down.
+    The loss of the last 64 tokens is that of the trained length; with sinusoids, trained alike, it breaks down.
     """
+    after = torch.randint(5, (5, 5), generator=torch.Generator().manual_seed(99))
 
     def texts(rows: int, T: int, seed: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
-        table = torch.randint(11, (11, 11), generator=torch.Generator().manual_seed(99))
-        text = [torch.randint(11, (rows,), generator=generator) for _ in range(2)]
+        text = [torch.randint(5, (rows,), generator=generator) for _ in range(2)]
         for _ in range(T - 2):
             noise = torch.rand(rows, generator=generator) < 0.1
-            text.append(torch.where(noise, torch.randint(11, (rows,), generator=generator), table[text[-2], text[-1]]))
+            text.append(torch.where(noise, torch.randint(5, (rows,), generator=generator), after[text[-2], text[-1]]))
         return torch.stack(text, 1)
 
-    def loss(built, tokens, first: int) -> torch.Tensor:
+    def loss(built: Decoder, tokens: torch.Tensor, first: int) -> torch.Tensor:
         logits = built(Inputs(tokens[:, :-1])).logits[:, first:]
         return F.cross_entropy(logits.flatten(0, 1), tokens[:, first + 1 :].flatten())
 
-    found = {}
+    trained, long = {}, {}
     for positions in ("alibi", "sinusoidal"):
         torch.manual_seed(0)
-        built = model(positions, d_model=48, vocab_size=11, n_heads=4)
-        optimizer = torch.optim.AdamW(built.parameters(), 3e-3)
-        for step in range(700):
+        built = model(positions, n_layers=1, d_model=32, vocab_size=5, n_heads=4)
+        optimizer = torch.optim.AdamW(built.parameters(), 1e-2)
+        for batch in texts(32 * 150, 17, 1).split(32):
             optimizer.zero_grad()
-            loss(built, texts(64, 17, step), 2).backward()
+            loss(built, batch, 2).backward()
             optimizer.step()
-        built.eval()
         with torch.no_grad():
-            found[positions] = [float(loss(built, texts(32, 129, 10**6), first)) for first in (64,)]
-            found[positions].insert(0, float(loss(built, texts(256, 17, 10**6), 2)))
-    (here, there), (base, broken) = found["alibi"], found["sinusoidal"]
-    assert here < 1.2 and base < 1.2, found  # both learned it; log 11 is 2.4
-    assert there < here + 0.05, found
-    assert broken > base + 0.5, found
+            trained[positions] = float(loss(built, texts(64, 17, 2), 2))
+            long[positions] = float(loss(built, texts(64, 129, 2), 64))
+    assert max(trained.values()) < 0.8  # both learned it: knowing nothing is ln 5 = 1.61
+    assert long["alibi"] < trained["alibi"] + 0.1
+    assert long["sinusoidal"] > trained["sinusoidal"] + 0.8
