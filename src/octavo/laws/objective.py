@@ -24,8 +24,8 @@ class Trial:
     batch: Batch
 
     def loss(self, batch: Batch) -> Tensor:
-        outputs = self.model(batch.inputs(), needs=self.objective.needs)
-        return self.objective.loss_sum(outputs, batch)
+        outputs = self.model(batch.inputs(), needs=(*self.objective.needs, *self.objective.training_needs))
+        return self.objective.loss_sum(outputs, batch) + sum(self.objective.beside(outputs, batch).values())
 
     def gradient(self, rows: int) -> tuple[Tensor, Tensor]:
         """The loss and the whole gradient, computed ``rows`` rows at a time."""

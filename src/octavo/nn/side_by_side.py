@@ -26,7 +26,9 @@ class SideBySide(Mixer):
     class Config(Base):
         kind: Literal["side_by_side"] = "side_by_side"
         mixers: dict[str, SerializeAsAny[Base]] = Field(
-            default={"attention": {"kind": "attention", "n_heads": 4}}, min_length=1, description="any token mixers, by a name"
+            default={"attention": {"kind": "attention", "n_heads": 4}},
+            min_length=1,
+            description="token mixers by a name",
         )
         scales: dict[str, float] = Field(default={}, description="by the same names; default: 1")
 

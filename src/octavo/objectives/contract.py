@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from octavo.batch import Batch
-from octavo.nn.contracts import Outputs
+from octavo.nn.contracts import Aux, Outputs
 
 
 class Objective(ABC):
@@ -29,6 +29,6 @@ class Objective(ABC):
     def loss_sum(self, outputs: Outputs, batch: Batch) -> Tensor:
         """The sum of losses over the batch, a scalar in nats."""
 
-    def beside(self, outputs: Outputs, batch: Batch) -> Tensor | None:
-        """What else is trained on, in the same units as ``loss_sum``, and is no part of a held-out loss."""
-        return None
+    def beside(self, outputs: Outputs, batch: Batch) -> Aux:
+        """What else is trained on, sums by names that begin with ``loss.``; held-out losses leave it out."""
+        return {}

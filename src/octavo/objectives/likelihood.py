@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from octavo.batch import Batch
-from octavo.nn.contracts import Outputs, full_precision
+from octavo.nn.contracts import Aux, Outputs, full_precision
 from octavo.objectives.contract import Objective
 from octavo.objectives.head_loss import head_loss
 from octavo.schema import Config
@@ -61,21 +62,19 @@ class CausalLikelihood(Objective):
         targets, weights = batch.targets.flatten(), batch.loss_mask.flatten()
         return head_loss(hidden.flatten(0, 1), head, targets, weights, z_loss=self.config.z_loss, chunk=chunk)
 
-    def beside(self, outputs: Outputs, batch: Batch) -> Tensor | None:
+    def beside(self, outputs: Outputs, batch: Batch) -> Aux:
         """The multi-token loss. Module k's token t foretells ``targets[t + k]``, where both are of one document."""
         if not self.config.multi_token_weight:
-            return None
+            return {}
         if not outputs.multi_token or outputs.head is None:
             raise ValueError("multi_token_weight needs a model with multi_token modules")
-        chunk, total = self.config.chunk_tokens or batch.tokens.shape[1] * batch.rows, None
+        chunk, losses = self.config.chunk_tokens or batch.tokens.shape[1] * batch.rows, []
         for by, hidden in enumerate(outputs.multi_token, 1):
             same = batch.doc_ids[:, by:] == batch.doc_ids[:, :-by]
             weights, targets = batch.loss_mask[:, by:] * same, batch.targets[:, by:]
             part = hidden[:, :-by].flatten(0, 1)
-            loss = head_loss(part, outputs.head, targets.flatten(), weights.flatten(), chunk=chunk)
-            total = loss if total is None else total + loss
-        assert total is not None
-        return total * (self.config.multi_token_weight / len(outputs.multi_token))
+            losses.append(head_loss(part, outputs.head, targets.flatten(), weights.flatten(), chunk=chunk))
+        return {"loss.multi_token": self.config.multi_token_weight * torch.stack(losses).mean()}
 
 
 OBJECTIVES: dict[str, type[CausalLikelihood]] = {"causal": CausalLikelihood}

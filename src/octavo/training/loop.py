@@ -103,9 +103,12 @@ class Trainer:
         self.stops = 0  # saves that only a stop asked for, since the last that was due
 
     def _losses(self, batch: Batch) -> tuple[Tensor, Aux]:
-        """The objective's sum of losses, and the figures of the layers."""
-        outputs = self.model(batch.inputs(), needs=self.objective.needs)
-        return self.objective.loss_sum(outputs, batch), outputs.aux
+        """The objective's sum of losses; what else is trained on, and the figures of the layers."""
+        objective = self.objective
+        if not self.model.training:
+            return objective.loss_sum(self.model(batch.inputs(), needs=objective.needs), batch), {}
+        outputs = self.model(batch.inputs(), needs=(*objective.needs, *objective.training_needs))
+        return objective.loss_sum(outputs, batch), outputs.aux | objective.beside(outputs, batch)
 
     # ------------------------------------------------------------------------------------- one step
 

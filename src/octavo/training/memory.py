@@ -121,7 +121,8 @@ def _count(model: Decoder.Config, config: TrainConfig, dtype: torch.dtype, rows:
             block.register_forward_pre_hook(lambda *_: live.enter(+1))
             block.register_forward_hook(lambda *_: live.enter(-1))
         with live, _fused_attention():
-            objective.loss_sum(net(batch.inputs(), needs=objective.needs), batch).backward()
+            outputs = net(batch.inputs(), needs=(*objective.needs, *objective.training_needs))
+            sum(objective.beside(outputs, batch).values(), objective.loss_sum(outputs, batch)).backward()
     # One block as large as the largest lies free in pieces: the next of that size does not fit into them.
     holes = live.largest
     if config.activation_checkpointing:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from training import log_of, tiny, trainer
 
 from octavo import laws
 from octavo.batch import Batch
@@ -53,10 +54,10 @@ def test_the_loss_is_that_of_the_tokens_further_on_within_documents():
                 later = t + by
                 if rows.doc_ids[row, t] == rows.doc_ids[row, later] and rows.loss_mask[row, later]:
                     wanted -= logs[row, t, rows.targets[row, later]]
-    torch.testing.assert_close(objective.beside(outputs, rows), 0.3 / 2 * wanted)
+    torch.testing.assert_close(objective.beside(outputs, rows)["loss.multi_token"], 0.3 / 2 * wanted)
     chunked = CausalLikelihood(CausalLikelihood.Config(multi_token_weight=0.3, chunk_tokens=3))
     outputs = model(rows.inputs(), needs=(*chunked.needs, *chunked.training_needs))
-    torch.testing.assert_close(chunked.beside(outputs, rows), 0.3 / 2 * wanted)
+    torch.testing.assert_close(chunked.beside(outputs, rows)["loss.multi_token"], 0.3 / 2 * wanted)
 
 
 def test_without_modules_it_is_a_plain_model():
@@ -64,7 +65,7 @@ def test_without_modules_it_is_a_plain_model():
     plain.load_state_dict({k: v for k, v in with_modules.state_dict().items() if not k.startswith("multi_token")})
     tokens = torch.randint(V, (B, T))
     torch.testing.assert_close(with_modules(Inputs(tokens)).logits, plain(Inputs(tokens)).logits, rtol=0, atol=0)
-    assert CausalLikelihood().beside(plain(Inputs(tokens)), batch()) is None
+    assert CausalLikelihood().beside(plain(Inputs(tokens)), batch()) == {}
 
 
 def test_the_model_s_own_loss_reaches_the_modules_only_through_the_beside_loss():
@@ -73,7 +74,7 @@ def test_the_model_s_own_loss_reaches_the_modules_only_through_the_beside_loss()
     outputs = model(rows.inputs(), needs=(*objective.needs, *objective.training_needs))
     objective.loss_sum(outputs, rows).backward(retain_graph=True)
     assert all(p.grad is None for p in model.multi_token.parameters())
-    objective.beside(outputs, rows).backward()
+    objective.beside(outputs, rows)["loss.multi_token"].backward()
     assert all(p.grad.abs().sum() > 0 for p in model.multi_token.parameters())
 
 
@@ -95,3 +96,16 @@ def test_what_cannot_be_is_refused():
         objective.beside(build(config(None))(Inputs(torch.zeros(1, 3, dtype=torch.long))), batch())
     with pytest.raises(ValueError, match=r"unknown blocks \['other'\]"):
         config(multi_token={"block": "other"})
+
+
+def test_training_logs_and_lowers_the_loss_of_the_modules(tmp_path):
+    made = trainer(
+        tmp_path, model=tiny(multi_token={"n_modules": 1}),
+        objective=CausalLikelihood(CausalLikelihood.Config(multi_token_weight=0.3)),
+    )  # fmt: skip
+    before = [p.clone() for p in made.model.multi_token.parameters()]
+    made.fit()
+    assert all(not torch.equal(old, new) for old, new in zip(before, made.model.multi_token.parameters(), strict=True))
+    told = [float.fromhex(r["loss.multi_token"]) for r in log_of(tmp_path) if r["kind"] == "train"]
+    assert len(told) == 12 and told[-1] < told[0]
+    assert all("loss.multi_token" not in r for r in log_of(tmp_path) if r["kind"] == "valid")
