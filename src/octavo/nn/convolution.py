@@ -96,16 +96,15 @@ def long_convolution(x: Tensor, kernel: Tensor, segment: Tensor | None) -> Tenso
         (B, T, C).
     """
     T = x.shape[1]
-    x, kernel = x.transpose(1, 2), kernel[:, :T]
+    kernel = kernel[:, :T]
     if segment is not None:
         size = 1 << (T - 1).bit_length()
-        x, kernel = F.pad(x, (0, size - T)), F.pad(kernel, (0, size - T))
-        y = masked_convolution(x, kernel, F.pad(segment, (0, size - T), value=-1), size)[..., :T]
-    elif T <= DIRECT:
-        y = torch.einsum("cts,bcs->bct", toeplitz(F.pad(kernel, (T - 1, 0))), x)
-    else:
-        y = fft_convolution(x, kernel)
-    return y.transpose(1, 2)
+        x, kernel = F.pad(x.transpose(1, 2), (0, size - T)), F.pad(kernel, (0, size - T))
+        y = masked_convolution(x, kernel, F.pad(segment, (0, size - T), value=-1), size)
+        return y[..., :T].transpose(1, 2)
+    if T <= DIRECT:
+        return torch.einsum("cts,bsc->btc", toeplitz(F.pad(kernel, (T - 1, 0))), x)
+    return fft_convolution(x.transpose(1, 2), kernel).transpose(1, 2)
 
 
 def direct_convolution(x: Tensor, kernel: Tensor, segment: Tensor | None) -> Tensor:

@@ -33,11 +33,11 @@ def scan_by_steps(
         y (B, T, E) and the state after.
     """
     ys = []
-    for t in range(x.shape[1]):
+    for t, (step, now, into, out) in enumerate(zip(*(v.unbind(1) for v in (dt, x, b, c)), strict=True)):
         if starts is not None:
             h = torch.where(starts[:, t, None, None], 0.0, h)
-        h = (dt[:, t, :, None] * a).exp() * h + (dt[:, t] * x[:, t])[..., None] * b[:, t, None]
-        ys.append((h * c[:, t, None]).sum(-1))
+        h = (step[..., None] * a).exp() * h + (step * now)[..., None] * into[:, None]
+        ys.append((h * out[:, None]).sum(-1))
     return torch.stack(ys, 1), h
 
 

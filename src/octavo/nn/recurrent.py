@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ class RecurrentConfig(Config):
 
 
 class Cell(nn.Module):
-    """The weights of one direction, as torch.nn has them: ``up`` is weight_ih and bias_ih, ``over`` weight_hh, bias_hh."""
+    """One direction. As torch.nn names them ``up`` is weight_ih and bias_ih, ``over`` is weight_hh and bias_hh."""
 
     def __init__(self, d_model: int, width: int, gates: int):
         super().__init__()
@@ -42,12 +42,40 @@ class Cell(nn.Module):
         return [self.up.weight, self.over.weight, self.up.bias, self.over.bias]  # type: ignore[list-item]
 
 
+class _Documents(NamedTuple):
+    """The pieces of documents in a pass, n of them, in the order of their rows; M valid tokens.
+
+    begins (n,): the first token's place among all B T. lengths (n,). row (n,). goes_on (n,): a state's document goes
+    on. valid (B, T). member (M,): which piece a token belongs to. at (M,): its place in that.
+    """
+
+    begins: Tensor
+    lengths: Tensor
+    row: Tensor
+    goes_on: Tensor
+    valid: Tensor
+    member: Tensor
+    at: Tensor
+
+    @classmethod
+    def of(cls, ctx: Context) -> _Documents:
+        """Read off the context; how many there are is only known to the eye, so this cannot be compiled."""
+        B, T = ctx.starts.shape
+        order = torch.arange(T, device=ctx.starts.device)
+        first = torch.where(ctx.starts, order, 0).cummax(1).values
+        named = (first + T * torch.arange(B, device=order.device)[:, None])[ctx.valid]
+        begins, member, lengths = named.unique(return_inverse=True, return_counts=True)
+        row, begin = begins // T, begins % T
+        goes_on = (begin == 0) & ~ctx.starts[row, begin]
+        return cls(begins, lengths, row, goes_on, ctx.valid, member, (order - first)[ctx.valid])
+
+
 class Recurrent(Mixer):
     """What the three have in common: directions, documents, padding, and how the steps are run.
 
-    ``plain`` goes step by step. ``auto`` uses torch's fused kernels: over whole rows as they are, over documents and
-    padding as the sequences of different lengths that they are. Single steps, compiled passes over documents and an
-    activation that torch has no kernel for go step by step in any case.
+    ``plain`` goes step by step. ``auto`` uses torch's fused kernels: over whole rows as they are, over documents as
+    rows of about one length, and with a state as the packed sequences of torch.nn.utils.rnn. Single steps, compiled
+    passes over documents and an activation that torch has no kernel for go step by step in any case.
     """
 
     gates: ClassVar[int]
@@ -102,37 +130,51 @@ class Recurrent(Mixer):
             y, *after = fused(x, _one_or_all(start), cell.weights(), True, 1, 0.0, self.training, False, True)
             return y, tuple(h[0] for h in after)  # with padding this is not the last valid one; nobody asks for it
         if fused is not None and not torch.compiler.is_compiling():
-            return self._as_sequences(fused, cell, x, ctx, hidden)
-        inner, ys = cell.up(x), []
-        for t in range(x.shape[1]):
+            documents = _Documents.of(ctx)
+            run = self._in_lengths if fresh else self._as_sequences
+            return run(fused, cell, x, documents, hidden)
+        ys = []
+        for t, inner in enumerate(cell.up(x).unbind(1)):
             start, valid = ctx.starts[:, t, None], ctx.valid[:, t, None]
-            new = self.step(inner[:, t], cell.over, tuple(torch.where(start, 0.0, h) for h in hidden))
+            new = self.step(inner, cell.over, tuple(torch.where(start, 0.0, h) for h in hidden))
             hidden = tuple(torch.where(valid, n, h) for n, h in zip(new, hidden, strict=True))
-            ys.append(hidden[0])
+            ys.append(torch.where(valid, hidden[0], 0.0))
         return torch.stack(ys, 1), hidden
 
-    def _as_sequences(self, fused: Any, cell: Cell, x: Tensor, ctx: Context, hidden: Hidden) -> tuple[Tensor, Hidden]:
-        """Each document of each row is one sequence of a packed batch, as torch.nn.utils.rnn packs them."""
-        B, T, _ = x.shape
-        order = torch.arange(T, device=x.device)
-        first = torch.where(ctx.starts, order, 0).cummax(1).values
-        named = (first + T * torch.arange(B, device=x.device)[:, None])[ctx.valid]
-        names, member, lengths = named.unique(return_inverse=True, return_counts=True)
-        if not len(names):
-            return x.new_zeros(B, T, self.width), hidden
+    def _in_lengths(
+        self, fused: Any, cell: Cell, x: Tensor, documents: _Documents, hidden: Hidden
+    ) -> tuple[Tensor, Hidden]:
+        """Every document begins at nothing: those of about one length are rows of a batch, padded at the end."""
+        flat, lengths = x.flatten(0, 1), documents.lengths
+        y = flat.new_zeros(len(flat), self.width)
+        classes = (lengths - 1).float().log2().ceil().long()  # up to 1, 2, 4, 8, ... tokens
+        for one in classes.unique():
+            begins, n = documents.begins[classes == one], lengths[classes == one]
+            order = torch.arange(int(n.max()), device=x.device)
+            at, own = begins[:, None] + order, order < n[:, None]
+            start = [x.new_zeros(1, len(n), self.width) for _ in self.fields]
+            rows = flat[at.clamp(max=len(flat) - 1)]
+            out = fused(rows, _one_or_all(start), cell.weights(), True, 1, 0.0, self.training, False, True)[0]
+            y = y.index_put((at[own],), out[own])
+        return y.view(*x.shape[:2], -1), hidden  # of no use without a state to keep
+
+    def _as_sequences(
+        self, fused: Any, cell: Cell, x: Tensor, documents: _Documents, hidden: Hidden
+    ) -> tuple[Tensor, Hidden]:
+        """Each document is one sequence of a packed batch, as torch.nn.utils.rnn packs them, with its own state."""
+        row, member, lengths = documents.row, documents.member, documents.lengths
+        if not len(row):
+            return x.new_zeros(*x.shape[:2], self.width), hidden
         longest_first = lengths.argsort(descending=True, stable=True)
         rank = longest_first.argsort()
-        at = (order - first)[ctx.valid]
-        place = (at * len(names) + rank[member]).argsort()
-        row, begins = names // T, names % T
-        goes_on = (begins == 0) & ~ctx.starts[row, begins]
-        start = [(torch.where(goes_on[:, None], h[row], 0.0))[longest_first][None] for h in hidden]
-        steps = at.bincount().cpu()
-        data = x[ctx.valid][place]
+        place = (documents.at * len(row) + rank[member]).argsort()
+        start = [torch.where(documents.goes_on[:, None], h[row], 0.0)[longest_first][None] for h in hidden]
+        steps = documents.at.bincount().cpu()
+        data = x[documents.valid][place]
         out, *after = fused(data, steps, _one_or_all(start), cell.weights(), True, 1, 0.0, self.training, False)
-        y = x.new_zeros(B, T, self.width)
-        y[ctx.valid] = out[place.argsort()]
-        last = row != F.pad(row[1:], (0, 1), value=-1)  # names are sorted: the last sequence of each row
+        y = x.new_zeros(*x.shape[:2], self.width)
+        y[documents.valid] = out[place.argsort()]
+        last = row != F.pad(row[1:], (0, 1), value=-1)  # sequences stand in the order of their rows
         ends = tuple(h.index_copy(0, row[last], a[0][rank][last]) for h, a in zip(hidden, after, strict=True))
         return y, ends
 

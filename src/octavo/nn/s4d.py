@@ -42,9 +42,9 @@ def recurrence(u: Tensor, system: Discrete, ctx: Context, h: Tensor | None) -> t
     """The plain twin, token by token: u (B, T, D), h (B, D, N) to y (B, T, D) and the last h."""
     decay, ys = system.z.exp(), []
     h = torch.zeros_like(u[:, 0, :, None] * system.b) if h is None else h
-    for t in range(u.shape[1]):
+    for t, now in enumerate(u.unbind(1)):
         h = torch.where(ctx.starts[:, t, None, None], 0.0, h)
-        new = decay * h + system.b * u[:, t, :, None]
+        new = decay * h + system.b * now[..., None]
         h = torch.where(ctx.valid[:, t, None, None], new, h)
         ys.append(2 * (system.c * h).real.sum(-1))
     return torch.stack(ys, 1), h
@@ -94,12 +94,13 @@ def chunked(u: Tensor, system: Discrete, ctx: Context, h: Tensor | None, *, keep
     added = (into.flatten(1, 2) @ joined).view(D, N, 2, B, count).permute(4, 3, 0, 1, 2)
     added = torch.view_as_complex(added.contiguous())  # (count, B, D, N): what each chunk adds
     state = torch.zeros_like(added[0]) if h is None else h
+    decay = powers[..., CHUNK].expand(count, B, D, N)
+    if local is not None:
+        decay = decay * (local[..., -1] == 0).t()[..., None, None]
     before = []
-    for i in range(count):
+    for scale, new in zip(decay.unbind(0), added.unbind(0), strict=True):
         before.append(state)
-        if local is not None:
-            state = state * (local[:, i, -1] == 0)[:, None, None]
-        state = powers[..., CHUNK] * state + added[i]
+        state = torch.addcmul(new, scale, state)
     came = torch.stack(before, 1)  # (B, count, D, N)
 
     out = (system.c[..., None] * powers[..., 1:]).transpose(1, 2)  # (D, CHUNK, N)
