@@ -34,3 +34,13 @@ def test_problems_are_found():
         "glu has test_glu_parity.py and no record",
         "mlp: there is no tests/parity/test_old.py",
     ]
+
+
+def test_a_run_of_some_tests_keeps_what_others_recorded():
+    old = {"a": [Parity("one", 1, fp32=0.1), Parity("two", 1, fp32=0.2)], "b": [Parity("three", 1, fp32=0.3)]}
+    new = {"a": [Parity("two", 5, fp32=0.0)], "c": [Parity("four", 1, fp32=0.0)]}
+    assert script.merged(old, new) == {
+        "a": [Parity("one", 1, fp32=0.1), Parity("two", 5, fp32=0.0)],
+        "b": old["b"],
+        "c": new["c"],
+    }

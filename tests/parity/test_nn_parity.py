@@ -137,7 +137,7 @@ def test_grouped_attention_equals_qwen2(window, dtype):
     mask = torch.zeros(9, 9, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)[None, None]
     wanted = layer(x, position_embeddings=theirs.rotary_emb(x, order[None]), attention_mask=mask)[0]
     ctx = context(2, 9)
-    ctx.rotation = rotation(9, 4, "half")
+    ctx.rotations = {4: rotation(9, 4, "half")}
     got = ours(x, ctx)[0]
     agree("attention", "transformers Qwen2Attention", got, wanted, case=f"window {window}")
     agree("window" if window else "full", "transformers Qwen2Attention", got, wanted, case=f"window {window}")
