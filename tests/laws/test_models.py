@@ -105,7 +105,9 @@ def configuration(row: dict[str, str]) -> dict[str, Any]:
     if heads:  # positions that add to scores serve one number of heads
         other["mixer"]["n_heads"] = heads.n_heads
     other["mixer"]["head_dim"] = heads.rotary_width if heads and heads.rotary_width else 8  # one table, one width
+    kinds = [examined, *([CHANNEL_MIXERS[value["channel"]["kind"]]] if value["channel"] else [])]
     return {
+        "causal": all(kind.capabilities.causal for kind in kinds),
         "d_model": 16, "n_layers": 2, "vocab_size": 19, "max_seq_len": 16, "padding_id": None,
         "blocks": {"examined": block, "other": other}, "norm": value["norm"], "positions": value["positions"],
         **value["ends"],
@@ -121,9 +123,10 @@ def broken(results: list[laws.LawResult]) -> list[str]:
 
 @pytest.mark.parametrize("row", ROWS, ids=[", ".join(row.values()) for row in ROWS])
 def test_every_law_on_every_pair_of_components(row):
-    results = laws.check(configuration(row), seed=len(str(row)))
+    config = configuration(row)
+    results = laws.check(config, seed=len(str(row)))
     assert not broken(results)
-    assert sum(result.status == "holds" for result in results) >= 13
+    assert sum(result.status == "holds" for result in results) >= (13 if config["causal"] else 9)
 
 
 def test_all_pairs_meet_and_all_tables_are_covered():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from octavo.files import write_atomic
-from octavo.report import words
+from octavo.report import experts, words
 from octavo.report.metrics import Metrics, points, smooth, thin
 
 # Names of the page's CSS variables and their values on light ground; all different, because the SVG is
@@ -35,6 +35,7 @@ COLOURS = {
     "faint": "#a9cfe6",
 }
 PAPER = "#fffefb"
+EXPERTS = ("blue", "orange", "green", "purple", "gold", "muted")
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -93,6 +94,9 @@ def draw(metrics: Metrics, *, stage: str, baselines: Mapping[str, float] | None 
         ("learning-rate", "Learning rate", lambda axes, m: _line(axes, m, "lr", "learning rate", "green")),
         ("gradient-norm", "Gradient norm", _gradient),
         ("throughput", "Throughput", _throughput),
+        ("experts", "Experts: busiest over the mean", _of_experts(experts.by_layer("max_load", "load / mean", 1.0))),
+        ("expert-loads", "Experts: load at the end", _of_experts(experts.load_map)),
+        ("expert-drops", "Experts: choices dropped", _of_experts(experts.by_layer("dropped", "share of choices"))),
     )
     plots = []
     for name, title, paint in curves:
@@ -196,6 +200,10 @@ def _throughput(axes: Any, metrics: Metrics) -> bool:
     axes.yaxis.set_major_formatter(short_count)
     axes.set_ylim(bottom=0)
     return len(x) > 1
+
+
+def _of_experts(paint: Callable[[Any, Metrics, list[str]], bool]) -> Callable[[Any, Metrics], bool]:
+    return lambda axes, metrics: paint(axes, metrics, [COLOURS[name] for name in EXPERTS])
 
 
 @contextmanager
