@@ -8,11 +8,15 @@ Yang et al. 2024 (gated delta networks), section 3.
 
 from __future__ import annotations
 
+import typing
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.nn.contracts import full_precision
+
+SECTION = 1024  # tokens: what passes over them finds its intermediate results still in the cache
 
 
 def recurrent(
@@ -47,6 +51,19 @@ def chunked(
     ``(1 - L)(1 + L^2)(1 + L^4) ...`` is products alone, but where keys repeat its terms grow beyond what float32 can
     cancel.) Decays are sums of what is <= 0, never differences; a document that begins is a decay of -inf.
     """
+    length, h, parts = max(SECTION, chunk), before, []
+    inputs = [x.split(length, 1) for x in (q, k, v, b)]
+    flags = [[None] * len(inputs[0]) if x is None else x.split(length, 1) for x in (g, starts)]
+    for section in zip(*inputs, *flags, strict=True):
+        y, h = _section(*section, h, chunk)
+        parts.append(y)
+    return torch.cat(parts, 1), typing.cast(Tensor, h)
+
+
+def _section(
+    q: Tensor, k: Tensor, v: Tensor, b: Tensor, g: Tensor | None, starts: Tensor | None, before: Tensor | None,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     T, dtype = q.shape[1], full_precision(v).dtype
     size = min(chunk, T)
 

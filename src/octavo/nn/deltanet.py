@@ -81,7 +81,7 @@ class DeltaNet(Mixer):
         recent = None if state is None else state.read("recent")
         b, g = full_precision(self.beta(x)).sigmoid(), self.log_decay(x)
         b = 2 * b if self.config.negative_eigenvalues else b
-        qkv = F.silu(causal_convolution(mixed, self.conv, None, ctx, recent))
+        qkv = F.silu(causal_convolution(mixed, self.conv, None, ctx, recent).contiguous())
         q, k, v = qkv.split([self.G * self.K, self.G * self.K, self.H * self.V], -1)
         q, k = (unit(full_precision(t).view(B, T, self.G, self.K)) for t in (q, k))
         if self.G != self.H:

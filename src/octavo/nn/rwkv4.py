@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from octavo.nn.contracts import Aux, Capabilities, Context, Dims, Mixer, full_precision
 from octavo.nn.projection import Projection
 from octavo.nn.rwkv_channel import shift_ramp
-from octavo.nn.shift import n_valid, shift, tail
+from octavo.nn.shift import shift, tail
 from octavo.nn.state import LayerState, StateField, StateSpec, recurrence_field
 from octavo.schema import Config
 
@@ -68,17 +68,15 @@ class Rwkv4(Mixer):
             for product, mix in ((self.k, self.mix_k), (self.v, self.mix_v), (self.gate, self.mix_r))
         )
         sums = empty(k) if state is None else Sums(*(state.read(name) for name in ("num", "den", "top")))
-        inputs = k, v, full_precision(self.decay).exp(), self.bonus, ctx.starts if ctx.restarts else None, sums
+        # padding, which is last, matters only to what is kept
+        valid, starts = (None if state is None else ctx.valid), (ctx.starts if ctx.restarts else None)
+        inputs = k, v, full_precision(self.decay).exp(), self.bonus, starts, valid, sums
         if self.config.backend == "plain" or (self.config.backend == "auto" and T == 1):
             y, after = recurrent(*inputs)
         else:
             y, after = chunked(*inputs, self.config.chunk)
         if state is not None:
-            at = n_valid(ctx)[:, None, None].expand(-1, 1, self.width)  # the sums after a row's last valid token
-            last = (
-                torch.cat([b.to(a.dtype)[:, None], a], 1).gather(1, at)[:, 0] for b, a in zip(sums, after, strict=True)
-            )
-            state.write(x=tail(x, state.read("x")[:, None], ctx)[:, 0], **dict(zip(Sums._fields, last, strict=True)))
+            state.write(x=tail(x, state.read("x")[:, None], ctx)[:, 0], **after._asdict())
         return self.o(r.sigmoid() * y.to(x.dtype)), {}
 
     def flops(self, n_queries: int, n_keys: int) -> int:
@@ -90,96 +88,124 @@ class Rwkv4(Mixer):
         return products + 3 * self.dims.d_model + 2 * self.width
 
 
+SECTION = 1024  # tokens: what passes over them finds its intermediate results still in the cache
+
+
 class Sums(NamedTuple):
-    """Numerator and denominator, both divided by e^top; (B, W), or (B, T, W) after each token."""
+    """Numerator and denominator, both divided by e^top; (B, W) each."""
 
     num: Tensor
     den: Tensor
     top: Tensor
 
 
+NOTHING = -1e30  # the exponent of what was never seen; finite, so that differences are
+
+
 def empty(k: Tensor) -> Sums:
     """Nothing seen yet, for k (B, T, W)."""
     zero = torch.zeros_like(full_precision(k[:, 0]))
-    return Sums(zero, zero, torch.full_like(zero, float("-inf")))
+    return Sums(zero, zero, torch.full_like(zero, NOTHING))
 
 
-def recurrent(k: Tensor, v: Tensor, w: Tensor, u: Tensor, starts: Tensor | None, sums: Sums) -> tuple[Tensor, Sums]:
-    """Token after token: the averages (B, T, W) and the sums after each token, all of k's shape.
+def recurrent(
+    k: Tensor, v: Tensor, w: Tensor, u: Tensor, starts: Tensor | None, valid: Tensor | None, sums: Sums
+) -> tuple[Tensor, Sums]:
+    """Token after token: the averages (B, T, W) and the sums after each row's last valid token.
 
-    w and u (W,); ``starts`` (B, T) is True where another document begins.
+    w and u (W,); ``starts`` (B, T) is True where another document begins; ``valid`` (B, T) False on padding, which
+    None says there is none of, or that the sums after are not needed.
     """
     k, v, u = full_precision(k), full_precision(v), full_precision(u)
     num, den, top = (x.to(k.dtype) for x in sums)
-    seen, kept = [], []
+    seen = []
     for t, (k_t, v_t) in enumerate(zip(k.unbind(1), v.unbind(1), strict=True)):
         if starts is not None:
-            top = top.masked_fill(starts[:, t, None], float("-inf"))
+            top = top.masked_fill(starts[:, t, None], NOTHING)
         high = torch.maximum(top, k_t + u)
         past, now = (top - high).exp(), (k_t + u - high).exp()
         seen.append((past * num + now * v_t) / (past * den + now))
         high = torch.maximum(top - w, k_t)
         past, now = (top - w - high).exp(), (k_t - high).exp()
-        num, den, top = past * num + now * v_t, past * den + now, high
-        kept.append(Sums(num, den, top))
-    return torch.stack(seen, 1), Sums(*(torch.stack(x, 1) for x in zip(*kept, strict=True)))
+        after = past * num + now * v_t, past * den + now, high
+        if valid is not None:
+            live = valid[:, t, None]
+            after = tuple(torch.where(live, new, old) for new, old in zip(after, (num, den, top), strict=True))
+        num, den, top = after
+    return torch.stack(seen, 1), Sums(num, den, top)
+
+
+SECTION = 1024  # tokens: what passes over them finds its intermediate results still in the cache
 
 
 def chunked(
-    k: Tensor, v: Tensor, w: Tensor, u: Tensor, starts: Tensor | None, sums: Sums, chunk: int | None = None
-) -> tuple[Tensor, Sums]:
+    k: Tensor, v: Tensor, w: Tensor, u: Tensor, starts: Tensor | None, valid: Tensor | None, sums: Sums,
+    chunk: int | None = None,
+) -> tuple[Tensor, Sums]:  # fmt: skip
     """The same, all chunks side by side: as many steps as a chunk has tokens, and as many as there are chunks.
 
     The largest exponent comes first, by itself. Then both sums are one linear recurrence whose coefficients lie in
     [0, 1] and whose products over any stretch are known in closed form from it, so that nothing overflows.
     """
-    T = k.shape[1]
-    size = chunk or math.isqrt(T - 1) + 1
-    k, v, u = (full_precision(x) for x in (k, v, u))
-    (k, v), fade = _in_chunks(size, k, v), torch.zeros(1, 1, 1, 1, dtype=k.dtype, device=k.device)
+    size = chunk or math.isqrt(min(k.shape[1], SECTION) - 1) + 1
+    length = max(SECTION // size, 1) * size
+    parts = k.split(length, 1), v.split(length, 1)
+    flags = [[None] * len(parts[0]) if x is None else x.split(length, 1) for x in (starts, valid)]
+    seen = []
+    for section in zip(*parts, *flags, strict=True):
+        y, sums = _section(*section, w, full_precision(u), sums, size)
+        seen.append(y)
+    return torch.cat(seen, 1), sums
+
+
+def _section(
+    k: Tensor, v: Tensor, starts: Tensor | None, valid: Tensor | None, w: Tensor, u: Tensor, sums: Sums, size: int
+) -> tuple[Tensor, Sums]:
+    T, (num, den, top) = k.shape[1], (full_precision(x) for x in sums)
+    k, v = _in_chunks(full_precision(k), size), _in_chunks(full_precision(v), size)
+    drop = -w.expand(1, 1, size, -1)  # what each token takes from the exponents before it
+    reset = torch.zeros((), dtype=k.dtype, device=k.device)
+    live = None if valid is None else _in_chunks(valid[..., None], size)
+    if live is not None:
+        k, drop = k.masked_fill(~live, NOTHING), drop * live
     if starts is not None:
-        fade = torch.zeros(starts.shape, dtype=k.dtype, device=k.device).masked_fill(starts, float("-inf"))
-        (fade,) = _in_chunks(size, fade[..., None])
-    fade = fade.expand(*k.shape[:3], 1)
-    since = fade.cumsum(2)  # -inf where a document began in this chunk
-    steps = torch.arange(1, size + 1, dtype=k.dtype, device=k.device)[:, None]
-    num, den, top = (x.to(k.dtype) for x in sums)
+        reset = torch.zeros_like(k[..., :1]).masked_fill(_in_chunks(starts[..., None], size), NOTHING)
+        drop = drop + reset
+    through = drop.cumsum(2)
 
     with torch.no_grad():  # the largest exponent: it cancels, and so do its gradients
-        local, m = [], torch.full_like(k[:, :, 0], float("-inf"))
-        for k_t, f_t in zip(k.unbind(2), fade.unbind(2), strict=True):
-            m = torch.maximum(m + f_t - w, k_t)
+        local, m = [], torch.full_like(k[:, :, 0], NOTHING)
+        for k_t, drop_t in zip(k.unbind(2), drop.expand_as(k).unbind(2), strict=True):
+            m = torch.maximum(m + drop_t, k_t)
             local.append(m)
         entries, m = [], top
-        for end, cut in zip(local[-1].unbind(1), since[:, :, -1].unbind(1), strict=True):
+        for end, drop_n in zip(local[-1].unbind(1), through.expand_as(k)[:, :, -1].unbind(1), strict=True):
             entries.append(m)
-            m = torch.maximum(m + cut - w * size, end)
+            m = torch.maximum(m + drop_n, end)
         entry = torch.stack(entries, 1)[:, :, None]  # before each chunk
-        high = torch.maximum(torch.stack(local, 2), entry + since - w * steps)
+        high = torch.maximum(torch.stack(local, 2), entry + through)
         high_before = torch.cat([entry, high[:, :, :-1]], 2)
 
-    keep, now = (high_before + fade - w - high).exp(), (k - high).exp()
-    carried = (entry + since - w * steps - high).exp()
-    new, state = torch.stack([now * v, now]), torch.zeros_like(k[:, :, 0])
-    within = []
-    for x_t, keep_t in zip(new.unbind(3), keep.unbind(2), strict=True):
-        state = keep_t * state + x_t
+    keep, now = (high_before + drop - high).exp(), (k - high).exp()
+    now = now if live is None else now * live
+    state, within = torch.zeros_like(k[:, :, 0]).expand(2, *k[:, :, 0].shape), []
+    for x_t, keep_t in zip(torch.stack([now * v, now]).unbind(3), keep.unbind(2), strict=True):
         within.append(state)
-    state, found = torch.stack([num, den]), []
-    for end, kept in zip(within[-1].unbind(2), carried[:, :, -1].unbind(1), strict=True):
-        found.append(state)
-        state = kept * state + end
-    entered = torch.stack(found, 2)[:, :, :, None]
-    after = torch.stack(within, 3) + carried * entered
-    before = torch.cat([entered, after[:, :, :, :-1]], 3)
+        state = torch.addcmul(x_t, keep_t, state)
+    last = (entry + through[:, :, -1:] - high[:, :, -1:]).exp()[:, :, 0]
+    held, found = torch.stack([num, den]), []
+    for end, kept in zip(state.unbind(2), last.unbind(1), strict=True):
+        found.append(held)
+        held = torch.addcmul(end, kept, held)
+    carried = (entry + torch.cat([torch.zeros_like(through[:, :, :1]), through[:, :, :-1]], 2) - high_before).exp()
+    num, den = (torch.stack(within, 3) + carried * torch.stack(found, 2)[:, :, :, None]).unbind(0)
 
-    best = torch.maximum(high_before + fade, k.detach() + u.detach())
-    past, now = (high_before + fade - best).exp(), (k + u - best).exp()
-    y = (past * before[0] + now * v) / (past * before[1] + now)
-    y, num, den, top = (x.flatten(1, 2)[:, :T] for x in (y, after[0], after[1], high))
-    return y, Sums(num, den, top)
+    best = torch.maximum(high_before + reset, k.detach() + u.detach())
+    past, now = (high_before + reset - best).exp(), (k + u - best).exp()
+    y = (past * num + now * v) / (past * den + now)
+    return y.flatten(1, 2)[:, :T], Sums(held[0], held[1], m)
 
 
-def _in_chunks(size: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+def _in_chunks(x: Tensor, size: int) -> Tensor:
     """(B, T, C) as (B, N, size, C), zeros at the end."""
-    return tuple(F.pad(x, (0, 0, 0, -x.shape[1] % size)).unflatten(1, (-1, size)) for x in tensors)
+    return F.pad(x, (0, 0, 0, -x.shape[1] % size)).unflatten(1, (-1, size))

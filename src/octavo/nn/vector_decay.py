@@ -7,6 +7,7 @@ h (B, H, K, V). ``starts`` (B, T) is True where another document begins: h is no
 
 from __future__ import annotations
 
+import typing
 from typing import Annotated
 
 import torch
@@ -22,6 +23,8 @@ def _power_of_two(n: int) -> int:
         raise ValueError(f"{n} is not a power of two; use {1 << (n.bit_length() - 1)} or {1 << n.bit_length()}")
     return n
 
+
+SECTION = 1024  # tokens: what passes over them finds its intermediate results still in the cache
 
 ChunkLength = Annotated[int, Field(ge=1), AfterValidator(_power_of_two)]
 
@@ -58,11 +61,25 @@ def chunked(
     so that nothing overflows however strong the decay, and a document that begins is a decay of -inf. (Yang et al.
     2023, section 4.3, takes one reference a sub-chunk instead and computes diagonal blocks entry by entry.)
     """
+    h, parts = before, []
+    length = max(SECTION, chunk)
+    inputs = [x.split(length, 1) for x in (q, k, v, g)]
+    begins = [None] * len(inputs[0]) if starts is None else starts.split(length, 1)
+    for *section, begin in zip(*inputs, begins, strict=True):
+        y, h = _section(*section, begin, h, bonus, chunk)
+        parts.append(y)
+    return torch.cat(parts, 1), typing.cast(Tensor, h)
+
+
+def _section(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, starts: Tensor | None, before: Tensor | None, bonus: Tensor | None,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     T, H = q.shape[1:3]
     size = min(chunk, 1 << (T - 1).bit_length())
     shape = (q.shape[0], H, -1)
     q, k, v, g = (F.pad(full_precision(x).transpose(1, 2), (0, 0, 0, -T % size)).contiguous() for x in (q, k, v, g))
-    K, V = q.shape[-1], v.shape[-1]
+    K = q.shape[-1]
     reset = torch.zeros((), dtype=g.dtype, device=g.device).expand(g.shape)
     if starts is not None:
         reset = torch.zeros(starts.shape, dtype=g.dtype, device=g.device).masked_fill(starts, float("-inf"))
@@ -71,16 +88,13 @@ def chunked(
     into = whole if bonus is None else reset[..., None, :]
     out = torch.zeros_like(g)[..., None, :]
     at_once = q * k if bonus is None else q * k * full_precision(bonus)[:, None]
-    y = (at_once.sum(-1, keepdim=True) * v)[..., None, :]
-    width = 1
+    scores, width = at_once.sum(-1)[..., None, None], 1
     while width < size:
-        _, q2 = q.view(*shape, 2, width, K).unbind(3)
-        k1, _ = k.view(*shape, 2, width, K).unbind(3)
-        v1, _ = v.view(*shape, 2, width, V).unbind(3)
+        (_, q2), (k1, _) = (x.view(*shape, 2, width, K).unbind(3) for x in (q, k))
         (into1, into2), (out1, out2) = _pairs(into), _pairs(out)
-        (whole1, whole2), (y1, y2) = _pairs(whole), _pairs(y)
-        scores = (q2 * into2.exp()) @ (k1 * out1.exp()).mT
-        y = torch.cat([y1, y2 + scores @ v1], 3)
+        (whole1, whole2), (scores1, scores2) = _pairs(whole), _pairs(scores)
+        across = (q2 * into2.exp()) @ (k1 * out1.exp()).mT
+        scores = torch.cat([F.pad(scores1, (0, width)), torch.cat([across, scores2], 4)], 3)
         into, out = torch.cat([into1, into2 + whole1], 3), torch.cat([out1 + whole2, out2], 3)
         whole, width = whole1 + whole2, 2 * width
     q, k, v = (x.view(*shape, size, x.shape[-1]) for x in (q, k, v))
@@ -91,7 +105,7 @@ def chunked(
     for decay, new in zip(kept, written, strict=True):
         found.append(h)
         h = decay * h + new
-    y = y + (q * into.exp()) @ torch.stack(found, 2)
+    y = scores @ v + (q * into.exp()) @ torch.stack(found, 2)
     return y.flatten(2, 3)[:, :, :T].transpose(1, 2), h
 
 
