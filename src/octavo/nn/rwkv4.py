@@ -67,7 +67,10 @@ class Rwkv4(Mixer):
             product(x + back * (1 - mix))
             for product, mix in ((self.k, self.mix_k), (self.v, self.mix_v), (self.gate, self.mix_r))
         )
-        sums = empty(k) if state is None else Sums(*(state.read(name) for name in ("num", "den", "top")))
+        sums = empty(k)
+        if state is not None:  # a new state's zeros are no exponent: of nothing, none is the largest
+            num, den, top = (state.read(name) for name in Sums._fields)
+            sums = Sums(num, den, top.masked_fill(den == 0, NOTHING))
         # padding, which is last, matters only to what is kept
         valid, starts = (None if state is None else ctx.valid), (ctx.starts if ctx.restarts else None)
         inputs = k, v, full_precision(self.decay).exp(), self.bonus, starts, valid, sums
