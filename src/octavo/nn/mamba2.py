@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from octavo.nn.chunked import Form, scan
 from octavo.nn.contracts import Aux, Capabilities, Context, Dims, Mixer, full_precision
 from octavo.nn.projection import Projection
-from octavo.nn.short_convolution import convolve_silu
 from octavo.nn.shift import causal_convolution, tail
+from octavo.nn.short_convolution import convolve_silu
 from octavo.nn.state import LayerState, StateField, StateSpec, recurrence_field
 from octavo.schema import Config
 
