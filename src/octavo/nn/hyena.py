@@ -39,14 +39,15 @@ class Filters(nn.Module):
         """The kernels of lags 0 to n - 1, (channels, n)."""
         weight = self.out.weight
         lag = torch.arange(n, device=weight.device, dtype=full_precision(weight).dtype)
-        bands = torch.linspace(1e-4, self.features // 2 - 1, self.features // 2, device=lag.device).to(lag.dtype)
+        like = {"device": lag.device, "dtype": lag.dtype}
+        bands = torch.linspace(1e-4, self.features // 2 - 1, self.features // 2, **like)
         turn = (2 * math.pi / self.length) * lag[:, None] * bands
         time = lag[:, None] / max(1, self.length - 1)
         z = torch.cat([time, turn.cos(), -turn.sin()], 1)
         for layer in self.hidden:
             z = (full_precision(self.frequency) * _wide(layer, z)).sin()  # type: ignore[arg-type]
         slow, fast = (-math.log(0.01) / share for share in (1.5, 0.3))
-        decay = torch.linspace(slow, fast, self.channels, device=lag.device).to(lag.dtype)
+        decay = torch.linspace(slow, fast, self.channels, **like)
         return (_wide(self.out, z) * (-time * decay).exp()).transpose(0, 1)
 
     def products(self) -> list[Projection]:
