@@ -54,10 +54,11 @@ class Blocks:
         """x (B, S, ...) block by block: (B, C, length, ...)."""
         return x[torch.arange(x.shape[0], device=x.device)[:, None, None], self.columns]
 
-    def to_keys(self, of_blocks: Tensor) -> Tensor:
-        """What holds for blocks (B, H, T, C) as it holds for each key, (B, H, T, S); False for keys in no block."""
-        index = self.of_key.clamp(min=0)[:, None, None].expand(*of_blocks.shape[:3], -1)
-        return of_blocks.gather(-1, index) & (self.of_key >= 0)[:, None, None]
+    def to_keys(self, of_blocks: Tensor, n_keys: int) -> Tensor:
+        """What holds for blocks (B, H, T, C) as it holds for keys, (B, H, T, n_keys); False outside of blocks."""
+        of_key = self.of_key[:, :n_keys]
+        index = of_key.clamp(min=0)[:, None, None].expand(*of_blocks.shape[:3], -1)
+        return of_blocks.gather(-1, index) & (of_key >= 0)[:, None, None]
 
     def of_document(self, places: Places) -> Tensor:
         """Which blocks belong to each query's document, (B, T, C)."""
@@ -168,14 +169,15 @@ class LongHeadsReader(ScoringReader):
         rows = torch.arange(B, device=q.device)[:, None, None, None]
         columns = blocks.columns[rows, picked].flatten(3)  # (B, H, T, n * length)
         group = (torch.arange(H, device=q.device) // (H // G))[None, :, None, None]
+        earlier = columns <= places.slots[:, None, :, None]  # a key's column is its slot
+        columns = columns.clamp(max=places.keys.shape[1] - 1)
         keys = k[rows, columns, group].view(B, H, T, n, self.length, K)
         scores = torch.einsum("bhtnk,bhtnlk->bhtnl", each, keys).flatten(3) * (reading.scale or K**-0.5)
-        earlier = places.keys[rows, columns] <= places.slots[:, None, :, None]
         allowed = (chosen[..., None] & blocks.inside[rows, picked]).flatten(3) & earlier
         weights = softmax(scores, allowed, reading)
         used = F.dropout(weights.to(v.dtype), reading.dropout)
         y = torch.einsum("bhts,bhtsk->bthk", used, v[rows, columns, group])
-        return y, weights.new_zeros(B, H, T, k.shape[1]).scatter_add(-1, columns, weights)
+        return y, weights.new_zeros(B, H, T, places.keys.shape[1]).scatter_add(-1, columns, weights)
 
 
 class InfLlmReader(ScoringReader):
@@ -211,7 +213,8 @@ class InfLlmReader(ScoringReader):
 
     def flops(self, n_queries: int, n_keys: int, n_heads: int, n_kv_heads: int, head_dim: int) -> int:
         C = n_blocks(n_keys, self.config.block, self.config.n_sinks)
-        return 2 * n_queries * n_heads * head_dim * (3 * n_keys + C)
+        per_pair = 3 if self.config.positions == "capped" else 2
+        return 2 * n_heads * head_dim * (per_pair * self.pairs(n_queries, n_keys) + n_queries * C)
 
     def apart(self, n_tokens: int) -> int:
         c = self.config
@@ -245,11 +248,12 @@ class InfLlmReader(ScoringReader):
         prepared: tuple[Blocks, Tensor, Tensor, Tensor],
         reading: Reading,
     ) -> tuple[Tensor, Tensor]:
-        (blocks, k, k_far, vectors), config, index = prepared, self.config, places.index
+        (blocks, k, k_far, vectors), config, index, n = prepared, self.config, places.index, places.keys.shape[1]
         distance, allowed = places.pairs()
         q_far = turn(q, torch.full_like(index, config.window), reading.rotation)
-        scores, far = products(turn(q, index, reading.rotation), k, reading), products(q_far, k_far, reading)
+        scores = products(turn(q, index, reading.rotation), k[:, :n], reading)
         if config.positions == "capped":
+            far = products(q_far, k_far[:, :n], reading)
             scores = torch.where((distance < config.window)[:, None], scores, far)
         end = config.n_sinks + (blocks.number + 1) * config.block - 1  # of a block, in its document
         left = (blocks.of_document(places) & (end[:, None] <= (index - config.window)[:, :, None]))[:, None]
@@ -258,6 +262,6 @@ class InfLlmReader(ScoringReader):
         C = fit.shape[-1]
         picked = fit.topk(min(config.top_k or C, C), -1).indices
         chosen = torch.zeros_like(fit, dtype=torch.bool).scatter(-1, picked, True) & left
-        readable = allowed[:, None] & (~blocks.to_keys(left) | blocks.to_keys(chosen))
+        readable = allowed[:, None] & (~blocks.to_keys(left, n) | blocks.to_keys(chosen, n))
         weights = softmax(scores, readable, reading)
         return weighted(weights, held["v"], reading), weights

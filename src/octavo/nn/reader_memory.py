@@ -36,7 +36,7 @@ class ExternalMemoryReader(ScoringReader):
 
     def flops(self, n_queries: int, n_keys: int, n_heads: int, n_kv_heads: int, head_dim: int) -> int:
         products = 3 if self.config.positions == "border" else 2
-        return 2 * products * n_queries * n_keys * n_heads * head_dim
+        return 2 * products * self.pairs(n_queries, n_keys) * n_heads * head_dim
 
     def apart(self, n_tokens: int) -> int:
         return max(0, n_tokens - self.config.window)
@@ -48,13 +48,13 @@ class ExternalMemoryReader(ScoringReader):
     def read_part(
         self, q: Tensor, held: dict[str, Tensor], places: Places, prepared: dict[str, Tensor], reading: Reading
     ) -> tuple[Tensor, Tensor]:
-        config, index = self.config, places.index
+        config, index, n = self.config, places.index, places.keys.shape[1]
         distance, allowed = places.pairs()
         outside = (allowed & (distance >= config.window))[:, None]
-        scores = products(turn(q, index, reading.rotation), prepared["near"], reading)
+        scores = products(turn(q, index, reading.rotation), prepared["near"][:, :n], reading)
         if config.positions == "border":
             border = turn(q, torch.full_like(index, config.window), reading.rotation)
-            scores = torch.where(outside, products(border, prepared["far"], reading), scores)
+            scores = torch.where(outside, products(border, prepared["far"][:, :n], reading), scores)
         chosen = allowed[:, None]
         if config.top_k is not None and config.top_k < scores.shape[-1]:
             best = scores.masked_fill(~outside, float("-inf")).topk(config.top_k, -1).indices

@@ -35,6 +35,9 @@ class ParallelWindowsReader(ScoringReader):
     def __init__(self, config: ParallelWindowsReader.Config, max_seq_len: int | None = None):
         self.length, self.task = config.window, config.window * config.n_windows
 
+    def flops(self, n_queries: int, n_keys: int, n_heads: int, n_kv_heads: int, head_dim: int) -> int:
+        return 4 * self.pairs(n_queries, n_keys) * n_heads * head_dim
+
     def positions(self, index: Tensor) -> Tensor:
         """The position at which a document's token ``index`` is read."""
         return torch.where(index < self.task, index % self.length, min(self.length, self.task) + index - self.task)
@@ -47,6 +50,7 @@ class ParallelWindowsReader(ScoringReader):
     ) -> tuple[Tensor, Tensor]:
         index, key_index = places.index[:, :, None], places.key_index[:, None, :]
         allowed = places.pairs()[1] & ((index >= self.task) | (index // self.length == key_index // self.length))
-        scores = products(turn(q, self.positions(places.index), reading.rotation), prepared["k"], reading)
+        k = prepared["k"][:, : places.keys.shape[1]]
+        scores = products(turn(q, self.positions(places.index), reading.rotation), k, reading)
         weights = softmax(scores, allowed[:, None], reading)
         return weighted(weights, held["v"], reading), weights

@@ -86,16 +86,17 @@ class Places:
     keys: Tensor
     key_begins: Tensor
     restarts: bool
+    cached: bool
 
     @classmethod
-    def of(cls, ctx: Context, keys: Keys) -> Places:
+    def of(cls, ctx: Context, keys: Keys, cached: bool) -> Places:
         """From keys that stand at their slots: a row's own tokens, or all that a state holds."""
         before = torch.cat([torch.full_like(keys.doc_ids[:, :1], -1), keys.doc_ids[:, :-1]], 1)
         first = keys.doc_ids != before
         first[:, 0] = True
         key_begins = torch.where(first, keys.slots, -1).cummax(1).values.clamp(min=0)
         begins = key_begins.gather(1, ctx.slots.clamp(min=0))
-        return cls(ctx.slots, begins, keys.slots, key_begins, ctx.restarts)
+        return cls(ctx.slots, begins, keys.slots, key_begins, ctx.restarts, cached)
 
     @property
     def index(self) -> Tensor:
@@ -108,8 +109,12 @@ class Places:
         return (self.keys - self.key_begins).clamp(min=0)
 
     def part(self, queries: slice) -> Places:
-        """The same for some of the queries."""
-        return Places(self.slots[:, queries], self.begins[:, queries], self.keys, self.key_begins, self.restarts)
+        """The same for some of the queries, and the keys that are not later than all of them."""
+        slots = self.slots[:, queries]
+        # A state may hold more than the row has: it is asked. Without one a token's place is its slot.
+        n = int(slots.max()) + 1 if self.cached else min(queries.stop, self.keys.shape[1])
+        keys, key_begins = self.keys[:, : max(n, 1)], self.key_begins[:, : max(n, 1)]
+        return Places(slots, self.begins[:, queries], keys, key_begins, self.restarts, self.cached)
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         """How far back each key is, and whether it is an earlier token of the same document: (B, T, S) each."""
@@ -139,15 +144,19 @@ class ScoringReader(Reader):
         keys, held = ctx.keys, self.kept(q, k, v)
         if state is not None:
             keys, held = state.append(ctx, **held)
-        places = Places.of(ctx, keys)
+        places = Places.of(ctx, keys, state is not None)
         prepared = self.prepare(held, places, reading)
         outputs, maps = [], []
         for start in range(0, q.shape[1], self.queries):
             some = slice(start, start + self.queries)
-            y, weights = self.read_part(q[:, some], held, places.part(some), prepared, reading)
+            here = places.part(some)
+            n = here.keys.shape[1]
+            y, weights = self.read_part(
+                q[:, some], {name: x[:, :n] for name, x in held.items()}, here, prepared, reading
+            )
             outputs.append(y)
             if "attention" in ctx.record:
-                maps.append(weights)
+                maps.append(F.pad(weights, (0, keys.slots.shape[1] - n)))
         record(ctx, maps)
         return torch.cat(outputs, 1)
 
@@ -155,8 +164,14 @@ class ScoringReader(Reader):
         """What all queries of a pass share."""
         return None
 
+    def pairs(self, n_queries: int, n_keys: int) -> int:
+        """Pairs of queries and keys that are scored."""
+        stops = [min(start + self.queries, n_queries) for start in range(0, n_queries, self.queries)]
+        starts = [0, *stops[:-1]]
+        return sum((b - a) * (n_keys - n_queries + b) for a, b in zip(starts, stops, strict=True))
+
     @abstractmethod
     def read_part(
         self, q: Tensor, held: dict[str, Tensor], places: Places, prepared: Any, reading: Reading
     ) -> tuple[Tensor, Tensor]:
-        """Some queries (B, T, H, K): their outputs (B, T, H, K) and their map (B, H, T, S)."""
+        """Some queries (B, T, H, K) with the keys up to the last of them: their outputs and their map (B, H, T, S)."""

@@ -294,6 +294,25 @@ def test_parts_of_a_long_text_and_documents_of_a_row_give_the_same(kind, monkeyp
 
 
 @pytest.mark.parametrize("kind", NAMES)
+def test_a_state_filled_to_its_last_place_by_a_padded_chunk_is_read_whole(kind, monkeypatch):
+    """Then there are fewer keys than queries and tokens before: where keys may be cut must be asked, not counted."""
+    import octavo.nn.reader_lambda
+
+    model = build(Decoder.Config(d_model=16, n_layers=2, vocab_size=19, max_seq_len=16)).double().eval()
+    use_reader(model, READERS[kind].Config(**SMALL[kind]), 16)
+    tokens = torch.randint(19, (1, 14), generator=torch.Generator().manual_seed(1))
+    valid = torch.arange(14)[None] < 4
+    with torch.no_grad():
+        whole = model(Inputs(torch.cat([tokens[:, :10], tokens[:, :4]], 1))).logits
+        monkeypatch.setattr(octavo.nn.reader_lambda, "QUERIES", 3)
+        monkeypatch.setattr(READERS[kind], "queries", 3, raising=False)
+        state = model.new_state(1, 14)
+        model(Inputs(tokens[:, :10]), state)
+        out = model(Inputs(tokens, valid=valid), state).logits
+    assert torch.allclose(out[:, :4], whole[:, 10:], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", NAMES)
 def test_a_loaded_model_reads_otherwise_and_shows_its_maps(kind):
     block = {"mixer": {"kind": "attention", "n_heads": 4, "n_kv_heads": 2}}
     model = build(Decoder.Config(d_model=16, n_layers=2, vocab_size=19, max_seq_len=16, blocks={"b": block})).double()
