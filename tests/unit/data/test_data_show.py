@@ -1,6 +1,7 @@
 """What is shown is what was trained on, token by token, and nothing is changed by looking."""
 
 import hashlib
+import itertools
 import json
 import re
 from pathlib import Path
@@ -224,6 +225,23 @@ def test_the_verb_shows_a_run_and_a_recipe_alike_and_changes_nothing(run, capsys
     assert main(["data", "show", str(folder), "--split", "valid", "--html", str(tmp_path / "rows.html")]) == 0
     assert "held out" in (tmp_path / "rows.html").read_text()
     assert tree(folder) == before
+
+
+def test_every_piece_says_whether_it_is_whole_and_where_it_stands(run, capsys):
+    """Of each document or conversation: whole with its tokens, or which of its tokens and where the rest is."""
+    folder, path, _ = run
+    found = []
+    for stage, step in itertools.product(("pretrain", "tune"), range(6)):
+        parts = [part for row in feed.look(Recipe.load(path), folder, stage, step=step, n=9).rows for part in row.parts]
+        main(["data", "show", str(folder), "--stage", stage, "--rows", "9", "--step", str(step)])
+        shown = capsys.readouterr().out
+        whole = [p.piece for p in parts if p.piece.tokens == p.piece.length and not p.cut]
+        assert shown.count("whole, ") == len(whole)
+        assert all(f"whole, {piece.tokens:,} tokens" in shown for piece in whole)
+        later = [p.piece for p in parts if p.piece.offset]
+        assert shown.count("begins in another row") == len(later)
+        found += [*whole, *later]
+    assert {bool(piece.offset) for piece in found} == {True, False}, "both have to be there for this to say anything"
 
 
 def test_colours_only_on_a_terminal_that_wants_them(run, capsys, monkeypatch):
