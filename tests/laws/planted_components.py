@@ -92,4 +92,51 @@ BUGS = [
         "F.pad(mask, (1, 0, 1, 0), value=True)", "F.pad(mask, (1, 0, 1, 0), value=False)",
         ("tests/parity/test_attention_parity.py::test_sinks_are_those_of_gpt_oss[5-sdpa]",),
     ),
+    Bug(
+        "alibi: nearer keys lose more", "nn/position_bias.py",
+        "return -self.slopes.to", "return self.slopes.to",
+        ("tests/unit/nn/test_position_bias.py::test_trap_e8_alibi_is_added_to_scores",),
+    ),
+    Bug(
+        "t5: one distance more has a bucket of its own", "nn/position_bias.py",
+        "torch.where(distance < single, distance, ranges)", "torch.where(distance <= single, distance, ranges - 1)",
+        ("tests/parity/test_position_bias_parity.py::test_buckets_equal_those_of_t5",),
+    ),
+    Bug(
+        "ntk: the base grows by the factor alone", "nn/rope_scaling.py",
+        "theta * self.factor ** (dim / (dim - 2))", "theta * self.factor",
+        ("tests/unit/nn/test_rope_scaling.py::test_trap_e6_ntk_raises_the_base_so_that_the_slowest_pair_is_interpolated"
+         "_exactly",),
+    ),
+    Bug(
+        "dynamic: the text is one token shorter than it is", "nn/rope.py",
+        "lengths = positions + 1", "lengths = positions",
+        ("tests/parity/test_rope_scaling_parity.py::test_dynamic_gives_the_last_token_what_a_full_pass_of_that_length_gives"
+         "[one pass]",),
+    ),
+    Bug(
+        "dynamic: all queries of a pass turn by the first one's base", "nn/reader_raw.py",
+        "if frequencies.shape[1] == 1:", "if frequencies.shape[1] >= 1:",
+        ("tests/unit/nn/test_rope_scaling.py::test_the_cache_stays_true_while_the_base_grows",),
+    ),
+    Bug(
+        "leaky rerope: a jump at the window's edge", "nn/reader_rerope.py",
+        "at * self.slope + (1 - self.slope) * self.within", "at * self.slope + self.within",
+        ("tests/unit/nn/test_reader_rerope.py::test_every_pair_turns_by_g_of_the_distance[16.0]",),
+    ),
+    Bug(
+        "shaw: earlier for later tokens", "nn/relative.py",
+        "place = (-distance).clamp(-self.clip, self.clip)", "place = distance.clamp(-self.clip, self.clip)",
+        ("tests/parity/test_relative_parity.py::test_shaw_without_values_equals_transformers",),
+    ),
+    Bug(
+        "transformer_xl: one bias for content and for distance", "nn/relative.py",
+        "q + self.v_r[:, None]", "q + self.u[:, None]",
+        ("tests/parity/test_relative_parity.py::test_transformer_xl_equals_transformers",),
+    ),
+    Bug(
+        "relative: probabilities of a clipped distance overwrite each other", "nn/relative.py",
+        "sums = sums.scatter_add(", "sums = sums.scatter(",
+        ("tests/laws/test_position_variants.py::test_every_law[shaw, near]",),
+    ),
 ]  # fmt: skip

@@ -60,7 +60,7 @@ def test_every_law(name):
 @pytest.mark.rows("R3")
 @pytest.mark.parametrize("name", ["alibi, window", "t5", "shaw, near", "transformer_xl"])
 def test_laws_of_models_that_read_both_ways(name):
-    asked = ["packed", "padding", "rows", "gradients", "twins"]
+    asked = ["packed", "padding", "rows", "gradients", "twins", "flops"]
     assert not broken(laws.check(config(name, causal=False), asked, seed=1))
 
 

@@ -164,11 +164,12 @@ class TransformerXl(RelativeAttention):
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, distance: Tensor, mask: Tensor, ctx: Context) -> Tensor:
         S = k.shape[2]
-        first = 0 if ctx.causal else 1 - S  # no key that is read stands S or more tokens behind
+        plain = self.config.backend == "plain"
+        first = 0 if ctx.causal and not plain else 1 - S  # no key that is read stands S or more tokens behind
         waves = sinusoid(torch.arange(first, S, device=q.device), self.d_model, "interleaved").to(q.dtype)
         place = (distance - first).clamp(0, S - 1 - first)
         asking, (H, K, T, D) = q + self.v_r[:, None], (self.n_heads, self.head_dim, q.shape[2], self.d_model)
-        if self.config.backend == "plain":
+        if plain:
             bias = torch.einsum("bhtk,btshk->bhts", asking, self.r(waves).unflatten(-1, (H, K))[place])
         else:
             if T * (D - K) < D * K:  # few queries: they go through W_r, not every distance
@@ -179,9 +180,10 @@ class TransformerXl(RelativeAttention):
         return self.attend(q + self.u[:, None], k, v, mask, bias * self.head_dim**-0.5, ctx)
 
     def flops(self, n_queries: int, n_keys: int) -> int:
-        """Of ``plain`` in a causal model; both ways there are twice the distances, ``auto`` takes a cheaper order."""
+        """``auto`` in a causal model: both ways it meets twice the distances, and few queries take a cheaper order."""
         each = self.n_heads * self.head_dim
-        distances = 2 * n_keys * self.r.d_in * self.r.d_out + 2 * n_queries * n_keys * each
+        n_distances = 2 * n_keys - 1 if self.config.backend == "plain" else n_keys
+        distances = 2 * n_distances * self.r.d_in * self.r.d_out + 2 * n_queries * n_keys * each
         return self._reading_flops(n_queries, n_keys) + distances
 
     def predicted_parameters(self) -> int:
