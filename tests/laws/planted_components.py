@@ -23,7 +23,8 @@ BUGS = [
     Bug(
         "window: one token too many under the mask", "nn/contracts.py",
         "allowed = allowed & (key > query - window)", "allowed = allowed & (key >= query - window)",
-        ("tests/laws/test_component_laws.py::test_every_part_that_is_no_mixer_keeps_every_law[window]",),
+        # consistently wrong, so that only a stranger can see it
+        ("tests/parity/test_nn_parity.py::test_grouped_attention_equals_qwen2",),
     ),
     Bug(
         "shift: the first token of a document sees the document before", "nn/shift.py",
