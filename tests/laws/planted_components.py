@@ -140,4 +140,29 @@ BUGS = [
         "sums = sums.scatter_add(", "sums = sums.scatter(",
         ("tests/laws/test_position_variants.py::test_every_law[shaw, near]",),
     ),
+    Bug(
+        "mamba: states of a document reach into the next", "nn/mamba.py",
+        "decay.masked_fill_(starts[..., None, None], 0.0)", "pass",
+        (laws_of("mamba"),),
+    ),
+    Bug(
+        "mamba: no gradient from one block to the block before", "nn/mamba.py",
+        "carry = torch.addcmul(dborders[i], decays[0], gs[0])", "carry = dborders[i].clone()",
+        ("tests/parity/test_mamba_parity.py::test_the_scan_in_blocks_equals_the_steps_with_every_gradient[50]",),
+    ),
+    Bug(
+        "s4d: a chunk's state crosses a document's border", "nn/s4d.py",
+        "decay = decay * (local[..., -1] == 0).t()[..., None, None]", "pass",
+        ("tests/parity/test_s4d_parity.py::test_over_several_chunks_the_forms_are_twins[documents-auto]",),
+    ),
+    Bug(
+        "convolution: a long kernel reads the document before", "nn/convolution.py",
+        "first = blocks[..., :half] * crossing[..., :half].to(x.dtype)", "first = blocks[..., :half]",
+        ("tests/parity/test_hyena_parity.py::test_it_is_causal_and_documents_stay_apart_over_long_rows",),
+    ),
+    Bug(
+        "recurrent: backwards over the ends of documents", "nn/recurrent.py",
+        "F.pad(ctx.valid[:, 1:] & ~ctx.starts[:, 1:], (0, 1))", "F.pad(ctx.valid[:, 1:], (0, 1))",
+        ("tests/parity/test_recurrent_parity.py::test_both_directions_within_documents[sum-gru-auto]",),
+    ),
 ]  # fmt: skip
