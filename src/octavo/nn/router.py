@@ -134,7 +134,9 @@ def by_experts(scores: Tensor, valid: Tensor, k: float) -> Assigned:
     R, n, E = scores.shape
     most = min(n, int(-(-k * n // E)))
     limit = capacities(valid.sum(1), 1.0, k, E)  # type: ignore[arg-type]
-    ranked = scores.detach().masked_fill(~valid[..., None], -torch.inf).transpose(1, 2).topk(most, -1).indices
+    wanted = scores.detach().masked_fill(~valid[..., None], -torch.inf).transpose(1, 2)
+    # Among equals the earlier is taken, whatever else is in the row: a stable order, which topk does not promise.
+    ranked = wanted.sort(dim=-1, descending=True, stable=True).indices[..., :most]
     weight = scores.transpose(1, 2).gather(-1, ranked)
     taken = torch.arange(most, device=scores.device) < limit[:, None, None]
     expert = torch.where(taken, torch.arange(E, device=scores.device)[:, None], E)
