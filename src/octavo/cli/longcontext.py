@@ -38,8 +38,9 @@ def longcontext(
     """Read longer texts than a model was trained on, by every method that needs no training, and compare.
 
     Perplexity is that of the same last tokens at every length: only the text before them grows. Passkey: eight
-    tokens of text (the cue) and four random ones (the key) stand somewhere in the text, at its end the cue comes
-    again; found means that the key is the likeliest of several random ones, so any model of text can be asked.
+    tokens of text (the cue) and sixteen from elsewhere (the key) are put somewhere into a text, at whose end the cue
+    comes again. Found means that of several such keys it is the one that the text made likelier by most, against the
+    cue alone; so any model of text can be asked, and one that remembers nothing finds one in --choices.
     Bytes are those of the decoding state. Weights stay as they are.
 
     Example: [bold]octavo longcontext runs/mine --lengths 256,1024,4096 --plot long.png[/bold]

@@ -126,7 +126,7 @@ class Plan:
     trials: int = 16
     choices: int = 8
     cue: int = 8
-    key: int = 4
+    key: int = 16
     seed: int = 0
 
     @property
@@ -199,7 +199,8 @@ class Texts:
         every = every[~np.isin(every, [i for i in (bos, eos) if i is not None])].astype(np.int64)
         starts = random.integers(0, len(every) - plan.cue, plan.trials)
         cues = every[starts[:, None] + np.arange(plan.cue)]
-        keys = every[random.integers(0, len(every), (plan.trials, plan.choices, plan.key))]
+        starts = random.integers(0, len(every) - plan.key, (plan.trials, plan.choices))
+        keys = every[starts[..., None] + np.arange(plan.key)]
         return cls(cut(plan.texts, 0.5), cut(plan.trials, 0.25), cues, keys, bos)
 
     def text(self, i: int, length: int) -> Tensor:
@@ -273,24 +274,34 @@ def perplexity(
 
 @torch.no_grad()
 def passkey(model: Decoder, texts: Texts, length: int, plan: Plan, tick: Callable[[int], None]) -> float:
-    """How often the key that followed the cue is the likeliest of all choices after the cue's second time."""
+    """How often, after the cue's second time, the text has raised the likelihood of the key that followed it most.
+
+    Raised: ln p(key | text, cue) - ln p(key | cue). What a key is worth without the text differs much more between
+    keys than what a small model makes of the text.
+    """
     right = 0
     for trial in range(plan.trials):
         state = model.new_state(1, length)
-        keys = torch.from_numpy(texts.keys[trial])
+        keys, cue = torch.from_numpy(texts.keys[trial]), torch.from_numpy(texts.cues[trial])
         hidden = model(Inputs(texts.prompt(trial, length)), state, needs=("hidden",)).hidden
         assert hidden is not None
-        first = model.logits(hidden[:, -1:]).float().log_softmax(-1).expand(len(keys), -1, -1)
+        said = [model.logits(hidden[:, -1:]).expand(len(keys), -1, -1)]
         state.select(torch.zeros(len(keys), dtype=torch.long))
-        said = [first]
         if plan.key > 1:
             logits = model(Inputs(keys[:, :-1]), state).logits
             assert logits is not None
-            said.append(logits.float().log_softmax(-1))
-        scores = torch.cat(said, 1).gather(-1, keys[..., None]).sum((1, 2))
-        right += bool(scores[0] > scores[1:].max())
+            said.append(logits)
+        alone = model(Inputs(torch.cat([cue.expand(len(keys), -1), keys[:, :-1]], 1))).logits
+        assert alone is not None
+        raised = _likelihood(torch.cat(said, 1), keys) - _likelihood(alone[:, len(cue) - 1 :], keys)
+        right += bool(raised[0] > raised[1:].max())
         tick(length)
     return right / plan.trials
+
+
+def _likelihood(logits: Tensor, tokens: Tensor) -> Tensor:
+    """ln p of tokens (B, T) under logits (B, T, V): (B,)."""
+    return logits.float().log_softmax(-1).gather(-1, tokens[..., None]).sum((1, 2))
 
 
 def measure_cell(

@@ -18,7 +18,7 @@ from octavo.nn.attention import Attention
 from octavo.nn.contracts import Inputs, Outputs
 from octavo.tokenizer import Byte, train
 
-PLAN = Plan(lengths=(32, 80), trained=32, texts=2, trials=3, choices=4)
+PLAN = Plan(lengths=(32, 80), trained=32, texts=2, trials=3, choices=4, cue=6, key=4)
 
 
 class Stream:
@@ -47,7 +47,8 @@ class Copier:
     def new_state(self, rows, max_tokens):
         return Seen()
 
-    def __call__(self, inputs, state, needs=("logits",)):
+    def __call__(self, inputs, state=None, needs=("logits",)):
+        state = state or Seen()
         rows = [seen + row for seen, row in zip(state.rows * len(inputs.tokens), inputs.tokens.tolist())]
         T = inputs.tokens.shape[1]
         guesses = [[self.guess(row[: len(row) - T + t + 1]) for t in range(T)] for row in rows]
@@ -136,7 +137,9 @@ def test_every_method_reads_otherwise_beyond_the_trained_length_and_leaves_no_tr
 
 
 def test_a_result_has_every_cell():
-    result = measure(small(), Stream(300), Plan((32, 80), 32, ("plain", "lambda", "infllm"), texts=1, trials=1))
+    result = measure(
+        small(), Stream(300), Plan((32, 80), 32, ("plain", "lambda", "infllm"), texts=1, trials=1, cue=3, key=1)
+    )
     cells = {(cell["method"], cell["length"]): cell for cell in result["cells"]}
     assert len(cells) == 6 and not [cell for cell in cells.values() if cell["why"]]
     assert all(cell["passkey"] in (0.0, 1.0) and cell["perplexity"] > 1 for cell in cells.values())
@@ -157,7 +160,7 @@ def test_what_does_not_fit_a_model_is_left_out_or_refused():
         *((m, n, True) for m in ("yarn", "lambda") for n in (32, 80)),
     ]
     with pytest.raises(UnsupportedError, match="lambda: the model has positions learned, not rope"):
-        measure(learned, Stream(300), Plan((32,), 32, ("lambda",)))
+        measure(learned, Stream(300), Plan((32,), 32, ("lambda",), trials=0))
     with pytest.raises(DataError, match="the longest text has 60 tokens, 81 are needed") as refused:
         measure(small(), Stream(60, 20), PLAN)
     assert "--lengths up to 59" in str(refused.value)
@@ -170,7 +173,7 @@ def test_the_command_on_a_folder(tmp_path, capsys):
     config = Decoder.Config(d_model=16, n_layers=1, max_seq_len=32, vocab_size=tokenizer.vocab_size)
     LanguageModel(build(config, seed=1), tokenizer).save(tmp_path / "model")
     (tmp_path / "long.txt").write_text("one two three 三 " * 40, encoding="utf-8")
-    words = ["longcontext", str(tmp_path / "model"), "--data", str(tmp_path / "long.txt"), "--lengths", "64,32",
+    words = ["longcontext", str(tmp_path / "model"), "--data", str(tmp_path / "long.txt"), "--lengths", "64,50",
              "--texts", "1", "--trials", "1"]  # fmt: skip
     chosen = ["--methods", "plain,pcw,lambda", "--out", str(tmp_path / "all.json"), "--plot", str(tmp_path / "a.svg")]
     assert main([*words, *chosen]) == 0
@@ -178,7 +181,7 @@ def test_the_command_on_a_folder(tmp_path, capsys):
     assert "passkey found, 1 trials (chance 12.5%)" in shown.out
     assert [line.split()[0] for line in shown.out.splitlines() if line.startswith("lambda")] == ["lambda"] * 4
     result = json.loads((tmp_path / "all.json").read_text(encoding="utf-8"))
-    assert result["plan"]["lengths"] == [32, 64] and len(result["cells"]) == 6
+    assert result["plan"]["lengths"] == [50, 64] and len(result["cells"]) == 6
     assert "Perplexity against length" in (tmp_path / "a.svg").read_text(encoding="utf-8")
     assert main([*words, "--methods", "plain", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["methods"] == {"plain": "as trained: the control"}
