@@ -138,9 +138,11 @@ def test_grouped_attention_equals_qwen2(window, dtype):
     wanted = layer(x, position_embeddings=theirs.rotary_emb(x, order[None]), attention_mask=mask)[0]
     ctx = context(2, 9)
     ctx.rotations = {4: rotation(9, 4, "half")}
-    got = ours(x, ctx)[0]
-    agree("attention", "transformers Qwen2Attention", got, wanted, case=f"window {window}")
-    agree("window" if window else "full", "transformers Qwen2Attention", got, wanted, case=f"window {window}")
+    for training in (True, False):  # by ranges of keys, and by a mask
+        got = ours.train(training)(x, ctx)[0]
+        case = f"window {window}, {'training' if training else 'evaluation'}"
+        agree("attention", "transformers Qwen2Attention", got, wanted, case=case)
+        agree("window" if window else "full", "transformers Qwen2Attention", got, wanted, case=case)
 
 
 # --------------------------------------------------------------------------------------------- positions
