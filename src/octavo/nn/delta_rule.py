@@ -54,8 +54,8 @@ def chunked(
     length, h, parts = max(SECTION, chunk), before, []
     inputs = [x.split(length, 1) for x in (q, k, v, b)]
     flags = [[None] * len(inputs[0]) if x is None else x.split(length, 1) for x in (g, starts)]
-    for section in zip(*inputs, *flags, strict=True):
-        y, h = _section(*section, h, chunk)
+    for q_part, k_part, v_part, b_part, g_part, begin in zip(*inputs, *flags, strict=True):
+        y, h = _section(q_part, k_part, v_part, b_part, g_part, begin, h, chunk)
         parts.append(y)
     return torch.cat(parts, 1), typing.cast(Tensor, h)
 

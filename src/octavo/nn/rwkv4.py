@@ -155,8 +155,8 @@ def chunked(
     parts = k.split(length, 1), v.split(length, 1)
     flags = [[None] * len(parts[0]) if x is None else x.split(length, 1) for x in (starts, valid)]
     seen = []
-    for section in zip(*parts, *flags, strict=True):
-        y, sums = _section(*section, w, full_precision(u), sums, size)
+    for k_part, v_part, begin, live in zip(*parts, *flags, strict=True):
+        y, sums = _section(k_part, v_part, begin, live, w, full_precision(u), sums, size)
         seen.append(y)
     return torch.cat(seen, 1), sums
 

@@ -65,8 +65,8 @@ def chunked(
     length = max(SECTION, chunk)
     inputs = [x.split(length, 1) for x in (q, k, v, g)]
     begins = [None] * len(inputs[0]) if starts is None else starts.split(length, 1)
-    for *section, begin in zip(*inputs, begins, strict=True):
-        y, h = _section(*section, begin, h, bonus, chunk)
+    for q_part, k_part, v_part, g_part, begin in zip(*inputs, begins, strict=True):
+        y, h = _section(q_part, k_part, v_part, g_part, begin, h, bonus, chunk)
         parts.append(y)
     return torch.cat(parts, 1), typing.cast(Tensor, h)
 
