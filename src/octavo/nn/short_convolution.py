@@ -27,7 +27,7 @@ def convolve_silu(x: Tensor, weight: Tensor, bias: Tensor | None, ctx: Context) 
 
 
 class _ConvolveSilu(torch.autograd.Function):
-    """x (B, T, C), taps (W, C), the last of which meets the token itself, masks (W - 1, B, T, 1) by distance or None."""
+    """x (B, T, C), taps (W, C), the last for the token itself; masks (W - 1, B, T, 1) by distance, or None."""
 
     @staticmethod
     def forward(ctx, x, taps, bias, masks):  # type: ignore[no-untyped-def]

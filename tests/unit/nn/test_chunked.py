@@ -23,13 +23,16 @@ def example(T, groups=2, heads=4, decay="token", borders=True, state=True, dtype
     return q, k, v, log_decay, segments, draw(2, heads, 3, 5) if state else None
 
 
-def gradients(form, q, k, v, log_decay, segments, state):
+def gradients(form, q, k, v, log_decay, segments, state) -> list[Any]:
     leaves = [x.detach().requires_grad_() for x in (q, k, v, log_decay, state) if x is not None]
     named = iter(leaves)
     given = [None if x is None else next(named) for x in (q, k, v, log_decay, state)]
     y, end = form(*given[:4], segments, given[4])
     weights = torch.Generator().manual_seed(9)
-    loss = sum((x * torch.randn(x.shape, generator=weights, dtype=torch.float64).to(x)).sum() for x in (y, end))
+    loss = torch.stack(
+        [(x * torch.randn(x.shape, generator=weights, dtype=torch.float64).to(x)).sum() for x in (y, end)]
+    )
+    loss = loss.sum()
     return [y, end, *torch.autograd.grad(loss, leaves)]
 
 
@@ -77,8 +80,8 @@ def test_a_fixed_linear_state_space_is_a_convolution():
 def test_no_decay_overflows_in_float32(strength):
     q, k, v, log_decay, segments, state = example(200, dtype=torch.float32, state=True)
     log_decay = log_decay * strength
-    exact = [x.double() for x in (q, k, v, log_decay)]
-    wanted = gradients(recurrent, *exact, segments, state.double())
+    exact = (q.double(), k.double(), v.double(), log_decay.double(), segments, state.double())
+    wanted = gradients(recurrent, *exact)
     for got, want in zip(gradients(chunked, q, k, v, log_decay, segments, state), wanted, strict=True):
         assert torch.isfinite(got).all()
         torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-3)
@@ -89,7 +92,7 @@ def test_sixteen_bits_are_added_up_in_float32():
     for form in (recurrent, parallel, chunked):
         y, end = form(*case)
         assert y.dtype == end.dtype == torch.float32
-        wanted, _ = recurrent(*(x if x is None else x.double() for x in case))
+        wanted, _ = recurrent(case[0].double(), case[1].double(), case[2].double())
         torch.testing.assert_close(y.double(), wanted, rtol=1e-4, atol=1e-4)
 
 

@@ -23,7 +23,7 @@ def test_equals_the_plain_convolution(width, documents, T, bias, monkeypatch):
     ctx = place(Inputs(torch.zeros(B, T, dtype=torch.long), doc_ids=doc_ids))[0]
     leaves = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((B, T, C), (C, width), (C,))]
     leaves = [x.requires_grad_() for x in leaves[: 2 + bias]]
-    x, weight, b = (*leaves, None)[:3]
+    x, weight, b = leaves[0], leaves[1], leaves[2] if bias else None
     direction = torch.randn(B, T, C, generator=generator, dtype=torch.float64)
     found = []
     for y in (convolve_silu(x, weight, b, ctx), F.silu(causal_convolution(x, weight, b, ctx))):
