@@ -165,4 +165,39 @@ BUGS = [
         "F.pad(ctx.valid[:, 1:] & ~ctx.starts[:, 1:], (0, 1))", "F.pad(ctx.valid[:, 1:], (0, 1))",
         ("tests/parity/test_recurrent_parity.py::test_both_directions_within_documents[sum-gru-auto]",),
     ),
+    Bug(
+        "moe: the selection bias leaks into the weights", "nn/moe.py",
+        "weights = router.weights_of(logits, scores, chosen, config.order, config.normalise)",
+        "weights = router.weights_of(logits, scores + (0 if self.selection_bias is None else self.selection_bias),"
+        " chosen, config.order, config.normalise)",
+        ("tests/unit/nn/test_moe.py::test_the_bias_changes_who_is_chosen_and_no_weight",
+         "tests/parity/test_moe_parity.py::test_deepseek_v3[True-grouped-fp32]"),
+    ),
+    Bug(
+        "moe: capacity off by one", "nn/moe.py",
+        "return (place < limit[:, None, None])", "return (place <= limit[:, None, None])",
+        ("tests/parity/test_moe_parity.py::test_nllb_drops_the_same_choices",
+         "tests/unit/nn/test_moe.py::test_what_overflows_passes_a_block_unchanged_and_is_counted"),
+    ),
+    Bug(
+        "moe: padding is routed and counted", "nn/moe.py",
+        "experts = torch.where(ctx.valid[..., None], chosen, E)", "experts = chosen",
+        ("tests/parity/test_moe_parity.py::test_the_balance_loss_of_mixtral_and_its_gradient",),
+    ),
+    Bug(
+        "moe: losses of the layers are not trained on", "training/loop.py",
+        "sum(further, loss).backward()", "loss.backward()",
+        ("tests/unit/train/test_loop_experts.py::test_losses_of_the_layers_are_trained_on_and_are_not_the_loss",),
+    ),
+    Bug(
+        "moe: the selection bias is not saved", "training/optim.py",
+        'yield from ((f"model/{name}", tensor) for name, tensor in self.counted)', "yield from ()",
+        ("tests/unit/train/test_loop_experts.py::test_the_selection_bias_is_saved_exported_and_loaded",),
+    ),
+    Bug(
+        "moe: a group's gradient is its neighbour's", "nn/grouped.py",
+        "torch.mm(grad[start:end].T, x[start:end], out=matrix)",
+        "torch.mm(grad[start:end].T, x[:1].expand(end - start, -1), out=matrix)",
+        ("tests/unit/nn/test_moe.py::test_grouped_products_and_their_gradients_are_those_of_each_group",),
+    ),
 ]  # fmt: skip
