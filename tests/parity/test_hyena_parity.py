@@ -18,6 +18,11 @@ from octavo.nn.state import ContiguousState, place
 D, L = 4, 90
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
 def mixer(**values) -> Hyena:
     one = Hyena(Hyena.Config(**{"filter_width": 7, **values}), Dims(D, 1, L)).double()
     randomise(one, 0)

@@ -18,6 +18,11 @@ THEIRS = "transformers MambaForCausalLM"
 D, E, N, R, W, LAYERS, V = 16, 32, 5, 3, 4, 2, 29
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
 def pair(dtype: torch.dtype = torch.float32, backend: str = "auto"):
     config = transformers.MambaConfig(
         vocab_size=V, hidden_size=D, expand=2, state_size=N, num_hidden_layers=LAYERS,

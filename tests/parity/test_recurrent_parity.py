@@ -26,6 +26,11 @@ DOCUMENTS = torch.stack([torch.tensor([0] * 9 + [1] + [2] * 13), torch.tensor([4
 VALID = torch.arange(T) < torch.tensor([[T], [T - 4]])
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
 def pair(name: str, both: str | None = None, backend: str = "auto"):
     ours, theirs, mine, yours = KINDS[name]
     mixer = ours(ours.Config(width=H, both=both, backend=backend, **mine), Dims(D, 1, 64)).double()

@@ -19,6 +19,11 @@ from octavo.nn.state import ContiguousState, place
 GOLDEN = Path(__file__).parent / "golden" / "s4d.safetensors"
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
 def context(T: int, B: int = 1, **named):
     return place(Inputs(torch.zeros(B, T, dtype=torch.long), **named))[0]
 

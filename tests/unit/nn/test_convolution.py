@@ -16,6 +16,11 @@ from octavo.nn.state import place
 D = 6
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
 def context(T: int, **named):
     return place(Inputs(torch.zeros(1, T, dtype=torch.long), **named))[0]
 
