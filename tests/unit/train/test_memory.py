@@ -99,6 +99,25 @@ def test_activations_are_those_alive_in_the_real_step(tmp_path, changes, n_layer
     assert live.peak * 0.8 < found < live.peak * 1.2
 
 
+def test_experts_are_counted_with_what_they_hold(tmp_path):
+    channel = {"kind": "moe", "n_experts": 16, "d_ff": 64, "selection_bias": True}
+
+    def model(experts: int = 16) -> Decoder:
+        block = {"mixer": {"kind": "attention", "n_heads": 2}, "channel": {**channel, "n_experts": experts}}
+        return tiny(blocks={"block": block}, d_model=64)
+
+    config, made = settings(step_tokens=8 * SEQ_LEN), trainer(tmp_path, model=model())
+    made.model.train()
+    known = [t for g in made.optimizer.groups for t in (g.master, g.weights, g.grads, g.total)]
+    with LiveBytes(known) as live:
+        made.forward(first_batch(8))[0].backward()
+    found, _ = memory._activations(model().config, config, made.dtype, 8, SEQ_LEN)
+    assert live.peak * 0.8 < found < live.peak * 1.2
+    wide = 2 * sum(p.numel() for p in model(4096).parameters() if p.requires_grad) * 4
+    assert not memory._surely_small(model(4096).config, config, 8, 8 * wide)
+    assert memory._surely_small(model().config, config, 8, 8 << 30)
+
+
 def test_more_rows_layers_and_words_take_more():
     small = counted(tiny()).activations
     assert counted(tiny(), rows=32).activations > 2 * small
