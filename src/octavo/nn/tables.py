@@ -10,7 +10,9 @@ from octavo.nn.deltanet import DeltaNet, GatedDeltaNet
 from octavo.nn.gla import Gla
 from octavo.nn.hyena import Hyena
 from octavo.nn.latent import LatentAttention
+from octavo.nn.linear_attention import LinearAttention
 from octavo.nn.mamba import Mamba
+from octavo.nn.mamba2 import Mamba2
 from octavo.nn.mlp import Glu, Mlp
 from octavo.nn.moe import DenseMoe, ExpertChoice, Moe
 from octavo.nn.norm import LayerNorm, NoNorm, Norm, RMSNorm
@@ -18,22 +20,28 @@ from octavo.nn.position import LearnedPositions, NoPositions, Positions, Sinusoi
 from octavo.nn.position_bias import AlibiPositions, T5Positions
 from octavo.nn.recurrent import Gru, Lstm, Rnn
 from octavo.nn.relative import Shaw, TransformerXl
+from octavo.nn.retention import Retention
 from octavo.nn.rope import RotaryPositions
 from octavo.nn.rwkv4 import Rwkv4
 from octavo.nn.rwkv6 import Rwkv6
 from octavo.nn.rwkv_channel import RwkvChannel
 from octavo.nn.s4d import S4d
+from octavo.nn.side_by_side import SideBySide
 
 TOKEN_MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
     "mla": LatentAttention,
     "shaw": Shaw,
     "transformer_xl": TransformerXl,
+    "side_by_side": SideBySide,
     "gla": Gla,
     "deltanet": DeltaNet,
     "gated_deltanet": GatedDeltaNet,
     "rwkv4": Rwkv4,
     "rwkv6": Rwkv6,
+    "linear_attention": LinearAttention,
+    "retention": Retention,
+    "mamba2": Mamba2,
     "mamba": Mamba,
     "s4d": S4d,
     "rnn": Rnn,
@@ -43,6 +51,7 @@ TOKEN_MIXERS: dict[str, type[Mixer]] = {
     "convolution": Convolution,
     "hyena": Hyena,
 }
+SideBySide.table = TOKEN_MIXERS  # a mixer made of mixers
 CHANNEL_MIXERS: dict[str, type[Mixer]] = {
     "mlp": Mlp,
     "glu": Glu,
