@@ -200,4 +200,24 @@ BUGS = [
         "torch.mm(grad[start:end].T, x[:1].expand(end - start, -1), out=matrix)",
         ("tests/unit/nn/test_moe.py::test_grouped_products_and_their_gradients_are_those_of_each_group",),
     ),
+    Bug(
+        "decay by channel: a new document forgets nothing", "nn/vector_decay.py",
+        'masked_fill(starts, float("-inf"))', "masked_fill(starts, 0.0)",
+        (laws_of("gla"),),
+    ),
+    Bug(
+        "rwkv6: the present token fades before it is read", "nn/vector_decay.py",
+        "into = whole if bonus is None else reset[..., None, :]", "into = whole",
+        (laws_of("rwkv6"),),
+    ),
+    Bug(
+        "rwkv4: the largest exponent is not carried over", "nn/rwkv4.py",
+        "m = torch.maximum(m + drop_n, end)", "m = end",
+        (laws_of("rwkv4"),),
+    ),
+    Bug(
+        "delta rule: what was written fades once more", "nn/delta_rule.py",
+        "masked_fill(~past.tril(-1), 0.0)", "masked_fill(~past, 0.0)",
+        (laws_of("gated_deltanet"),),
+    ),
 ]  # fmt: skip
