@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from octavo.config import Recipe
+from octavo.models.decoder import Decoder, build
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,11 +42,14 @@ def is_part(part, whole) -> bool:
 
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
-def test_the_recipe_shown_is_the_one_shipped(page):
-    (shown,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.S | re.M)
+def test_the_recipes_shown_are_the_one_shipped_and_one_that_builds(page):
+    shown, hybrid = re.findall(r"^```yaml\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.S | re.M)
     shipped = (resources.files("octavo") / "recipes" / "quickstart.yaml").read_text(encoding="utf-8")
     assert is_part(yaml.safe_load(shown), yaml.safe_load(shipped))
     assert not is_part({"seed": 2}, yaml.safe_load(shipped))
+    model = build(Decoder.Config.model_validate(yaml.safe_load(hybrid)["model"] | {"vocab_size": 32}))
+    kinds = [type(mixer).__name__ for name, mixer in model.mixers().items() if name.endswith(".mixer")]
+    assert kinds == ["Mamba2"] * 3 + ["Attention"]
 
 
 def test_the_kinds_listed_are_the_kinds_there_are():
