@@ -220,4 +220,29 @@ BUGS = [
         "masked_fill(~past.tril(-1), 0.0)", "masked_fill(~past, 0.0)",
         (laws_of("gated_deltanet"),),
     ),
+    Bug(
+        "chunked: the state before a chunk fades one token less", "nn/chunked.py",
+        "(summed, last - summed, last)", "(summed - summed[..., :1, :], last - summed, last)",
+        ("tests/unit/nn/test_chunked.py::test_pieces_joined_by_the_state_are_the_whole",),
+    ),
+    Bug(
+        "chunked: a state outlives its document", "nn/chunked.py",
+        "whole = (before == segments[..., -1:])", "whole = (before <= segments[..., -1:])",
+        ("tests/laws/test_linear_mixers.py::test_every_law[mamba2, groups]",),
+    ),
+    Bug(
+        "short convolution: a token sees the document before", "nn/short_convolution.py",
+        "own[:, back:] == own[:, :-back]", "own[:, back:] >= own[:, :-back]",
+        ("tests/laws/test_linear_mixers.py::test_every_law[mamba2, groups]",),
+    ),
+    Bug(
+        "retention: rates of the next head", "nn/retention.py",
+        "torch.exp2(-5 - heads)", "torch.exp2(-4 - heads)",
+        ("tests/parity/test_retention_parity.py::test_decoding_equals_torchscale",),
+    ),
+    Bug(
+        "mamba2: gate and norm in the other order", "nn/mamba2.py",
+        "y = y if self.config.norm_before_gate else y * gate", "y = y * gate if self.config.norm_before_gate else y",
+        ("tests/parity/test_mamba2_parity.py::test_decoding_with_a_cache",),
+    ),
 ]  # fmt: skip
