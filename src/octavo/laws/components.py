@@ -175,7 +175,7 @@ class Component:
         values = {"kind": self.kind, **required(self.cls.Config, size or Size())}
         if self.kind == "attention":  # its default of eight heads leaves two channels each
             values["n_heads"] = (size or Size()).n_heads
-        return values
+        return values | small_reading(self.cls.Config, values) if size in (None, Size()) else values
 
     def models(self, size: Size | None = None, **settings: Any) -> dict[str, Model]:
         """Small models that put it to every use, by the name of the use."""
@@ -216,8 +216,32 @@ def find(name: str) -> Component:
     return found[name]
 
 
+# The laws' texts are short: a reader is asked where its windows, blocks and choices are smaller than they are.
+SMALL_READING: dict[str, int] = {
+    "window": 5, "n_sinks": 2, "top_k": 2, "block": 2, "representatives": 1, "chunk": 2, "n_chunks": 3, "recent": 1,
+}  # fmt: skip
+
+
+def small_reading(config: type[Config], values: dict[str, Any]) -> dict[str, Any]:
+    """Small numbers for the settings of a reader that have large ones; none for what is not a reader."""
+    if config not in [getattr(reader, "Config", None) for reader in READERS.values()]:
+        return {}
+    found = {
+        name: small
+        for name, small in SMALL_READING.items()
+        if name in config.model_fields
+        and isinstance(default := config.model_fields[name].default, int)
+        and default > small
+    }
+    try:
+        config.model_validate({**values, **found})
+    except ValueError:
+        return {}
+    return found
+
+
 # What a setting without a default is in the small models, by its name; ``Field(examples=[...])`` goes before.
-BY_NAME: dict[str, Any] = {"original": 8, "extended": 64, "factor": 4.0, "window": 5}
+BY_NAME: dict[str, Any] = {"original": 8, "extended": 64, "factor": 4.0, "window": 5, "stride": 3, "n_windows": 2}
 
 
 def required(config: type[Config], size: Size) -> dict[str, Any]:
