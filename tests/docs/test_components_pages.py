@@ -25,20 +25,22 @@ def lines_of(text: str, columns: int = 120) -> int:
 
 
 @pytest.mark.parametrize("lang", LANGS)
-def test_every_component_has_prose_of_at_most_fifteen_lines(lang):
-    for name in pages():
-        assert prose(name, lang), f"{name} has no prose in src/octavo/explain/{lang}"
-        assert lines_of(prose(name, lang)) <= PROSE_LINES, f"{lang}/{name}.md"
+def test_prose_has_at_most_fifteen_lines_and_stands_in_both_languages(lang):
+    """A new component may come without: its page then says what can be generated."""
+    named = {name for name in pages() if prose(name, lang)}
+    assert named == {name for name in pages() if prose(name, "en")}
+    assert len(named) > 50
+    assert all(lines_of(prose(name, lang)) <= PROSE_LINES for name in named)
 
 
 @pytest.mark.parametrize("lang", LANGS)
 def test_no_prose_without_a_component(lang):
     there = {path.stem for path in (ROOT / "src" / "octavo" / "explain" / lang).iterdir()}
-    assert there == set(pages())
+    assert there <= set(pages())
 
 
 def test_prose_in_chinese_is_chinese():
-    for name in pages():
+    for name in (name for name in pages() if prose(name, "en")):
         assert sum("一" <= c <= "鿿" for c in prose(name, "zh")) > 20, name
         assert not any("一" <= c <= "鿿" for c in prose(name, "en")), name
 

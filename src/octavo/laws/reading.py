@@ -26,7 +26,7 @@ def causal(subject: Subject) -> None:
         _causal(subject, one_document, ", with a mask")
 
 
-def _causal(subject: Subject, named: dict[str, Tensor], said: str) -> None:
+def _causal(subject: Subject, named: dict[str, Any], said: str) -> None:
     model, T = subject.model, subject.n_tokens
     leaves: list[Tensor] = []
 

@@ -53,7 +53,7 @@ class Subject:
         return torch.randint(self.model.vocab_size, (rows, n or self.n_tokens), generator=generator)
 
     @torch.no_grad()
-    def logits(self, tokens: Tensor, state: Any = None, **named: Tensor) -> Tensor:
+    def logits(self, tokens: Tensor, state: Any = None, **named: Any) -> Tensor:
         """What the model says to ``tokens`` (B, T): (B, T, V), without gradients."""
         out = self.model(Inputs(tokens, **named), state=state).logits
         if out is None:

@@ -26,7 +26,7 @@ class SideBySide(Mixer):
     class Config(Base):
         kind: Literal["side_by_side"] = "side_by_side"
         mixers: dict[str, SerializeAsAny[Base]] = Field(
-            default={"attention": {"kind": "attention", "n_heads": 4}},
+            default_factory=lambda: {"attention": _config({"kind": "attention", "n_heads": 4})},
             min_length=1,
             description="token mixers by a name",
         )
@@ -53,7 +53,8 @@ class SideBySide(Mixer):
         self.scales = {name: config.scales.get(name, 1.0) for name in made}
         promises = [part.capabilities for part in made.values()]
         fields = Capabilities.__dataclass_fields__
-        self.capabilities = Capabilities(**{f: all(getattr(p, f) for p in promises) for f in fields})
+        kept = {f: all(getattr(p, f) for p in promises) for f in fields}
+        self.capabilities = Capabilities(**kept)  # type: ignore[misc]
 
     @classmethod
     def heads(cls, config: SideBySide.Config, d_model: int) -> Heads | None:

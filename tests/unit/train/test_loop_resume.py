@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from pydantic import ValidationError
 from training import Counted, log_of, packed, saved_step, settings, tiny, trainer, weights_hash
 
