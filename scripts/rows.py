@@ -102,23 +102,37 @@ BEGUN: dict[str, str] = {
 }
 
 
-def _marked_rows(nodes: Iterable[ast.AST]) -> list[str]:
+def _tables(module: ast.Module) -> dict[str, list[str]]:
+    """The values of the module's dictionaries of literals, by name: ``rows(ROWS[kind])`` may take any of them."""
+    found = {}
+    for node in module.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict) and isinstance(node.targets[0], ast.Name):
+            values = [value.value for value in node.value.values if isinstance(value, ast.Constant)]
+            found[node.targets[0].id] = list(dict.fromkeys(values))
+    return found
+
+
+def _marked_rows(nodes: Iterable[ast.AST], tables: Mapping[str, list[str]]) -> list[str]:
     """The row ids in every ``pytest.mark.rows(...)`` inside ``nodes``."""
     found = []
     for node in nodes:
         for call in ast.walk(node):
             if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("mark.rows"):
-                found += [ast.literal_eval(argument) for argument in call.args]
+                for argument in call.args:
+                    chosen = isinstance(argument, ast.Subscript)
+                    found += tables[ast.unparse(argument.value)] if chosen else [ast.literal_eval(argument)]
     return found
 
 
-def _tests(body: Iterable[ast.stmt], inherited: list[str], prefix: str) -> Iterator[tuple[str, str]]:
+def _tests(
+    body: Iterable[ast.stmt], inherited: list[str], prefix: str, tables: Mapping[str, list[str]]
+) -> Iterator[tuple[str, str]]:
     for node in body:
         if isinstance(node, ast.ClassDef):
-            rows = inherited + _marked_rows(node.decorator_list)
-            yield from _tests(node.body, rows, f"{prefix}::{node.name}")
+            rows = inherited + _marked_rows(node.decorator_list, tables)
+            yield from _tests(node.body, rows, f"{prefix}::{node.name}", tables)
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test"):
-            for row in inherited + _marked_rows(node.decorator_list):
+            for row in inherited + _marked_rows(node.decorator_list, tables):
                 yield row, f"{prefix}::{node.name}"
 
 
@@ -127,12 +141,14 @@ def marked_tests(folder: Path = ROOT / "tests", root: Path = ROOT) -> dict[str, 
     rows: dict[str, set[str]] = defaultdict(set)
     for path in sorted(folder.rglob("test_*.py")):
         module = ast.parse(path.read_text(encoding="utf-8"), str(path))
-        whole = _marked_rows(
+        tables = _tables(module)
+        marks = (
             node.value
             for node in module.body
             if isinstance(node, ast.Assign) and any(ast.unparse(target) == "pytestmark" for target in node.targets)
         )
-        for row, test in _tests(module.body, whole, path.relative_to(root).as_posix()):
+        whole = _marked_rows(marks, tables)
+        for row, test in _tests(module.body, whole, path.relative_to(root).as_posix(), tables):
             rows[row].add(test)
     return dict(rows)
 

@@ -32,11 +32,18 @@ def test_marks_are_found_on_functions_classes_modules_and_parameters(tmp_path):
             @pytest.mark.parametrize("x", [1, pytest.param(2, marks=pytest.mark.rows("F2"))])
             def test_c(self, x): ...
 
+        ROWS = {"x": "G1", "y": "G2"}
+
+        @pytest.mark.parametrize("x", [pytest.param(x, marks=pytest.mark.rows(ROWS[x])) for x in ROWS])
+        def test_d(x): ...
+
         def not_a_test(): ...
         """,
     )
-    a, c = "test_one.py::test_a", "test_one.py::TestB::test_c"
-    assert rows.marked_tests(tmp_path, tmp_path) == {"T1": {a, c}, "T2": {a}, "T3": {a}, "F1": {c}, "F2": {c}}
+    a, c, d = "test_one.py::test_a", "test_one.py::TestB::test_c", "test_one.py::test_d"
+    assert rows.marked_tests(tmp_path, tmp_path) == {
+        "T1": {a, c, d}, "T2": {a}, "T3": {a}, "F1": {c}, "F2": {c}, "G1": {d}, "G2": {d},
+    }  # fmt: skip
 
 
 def test_page_says_the_result_and_reads_back():
