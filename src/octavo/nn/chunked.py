@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.nn.contracts import Context, full_precision
+from octavo.nn.fixed_decay import fixed_decay
 from octavo.nn.shift import segments as segments_of
 
 Form = Literal["auto", "plain", "parallel", "chunked"]
@@ -96,6 +97,10 @@ def chunked(
     documents apart, and has its gradient written out: nothing of size chunk x chunk is summed over for the decays.
     """
     T, at_once = v.shape[1], max(1, SPAN // chunk) * chunk
+    if log_decay is not None and log_decay.dim() == 1 and not log_decay.requires_grad:
+        if segments is None and q.shape[2] == v.shape[2]:
+            q, k, v = (full_precision(x) for x in (q, k, v))
+            return fixed_decay(q, k, v, log_decay.to(v.dtype), None if state is None else state.to(v.dtype), chunk)
     if at_once >= T:
         return _span(q, k, v, log_decay, segments, state, min(chunk, T))
     by_token = log_decay is not None and log_decay.dim() == 3

@@ -12,6 +12,7 @@ from octavo.nn.activation import ACTIVATIONS, ActivationName
 from octavo.nn.attention import HEAD_NORMS
 from octavo.nn.chunked import Form, scan
 from octavo.nn.contracts import Aux, Capabilities, Context, Dims, Heads, Mixer, full_precision
+from octavo.nn.gated_norm import gated_norm, turn
 from octavo.nn.norm import Norm, RMSNorm
 from octavo.nn.projection import Projection
 from octavo.nn.state import LayerState, StateSpec, recurrence_field
@@ -78,7 +79,7 @@ class Retention(Mixer):
         B, T, _ = x.shape
         q, k = (product(x).view(B, T, self.n_heads, self.key_dim) for product in (self.q, self.k))
         if self.config.rotate and (rotation := ctx.rotation(q.shape[-1])) is not None:
-            q, k = rotation(q), rotation(k)
+            q, k = turn(q, rotation), turn(k, rotation)
         v = self.v(x).view(B, T, self.n_heads, self.value_dim)
         before = None if state is None else state.read("h")
         y, after = scan(
@@ -87,8 +88,10 @@ class Retention(Mixer):
         )  # fmt: skip
         if state is not None:
             state.write(h=after)
-        gate = ACTIVATIONS[self.config.gate](self.gate(x))
-        return self.o(gate * self.norm(y).reshape(B, T, -1)), {}
+        gate = self.gate(x)
+        if self.config.gate == "silu" and isinstance(self.norm, RMSNorm) and self.norm.weight is None:
+            return self.o(gated_norm(y, gate.view(y.shape), self.norm.eps).flatten(2)), {}
+        return self.o(ACTIVATIONS[self.config.gate](gate) * self.norm(y).flatten(2)), {}
 
     def flops(self, n_queries: int, n_keys: int) -> int:
         products = sum(p.d_in * p.d_out for p in (self.q, self.k, self.v, self.gate, self.o))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from octavo.nn import chunked as module
+from octavo.nn import fixed_decay as walk
 from octavo.nn.chunked import chunked, parallel, recurrent
 
 
@@ -107,3 +108,20 @@ def test_pieces_joined_by_the_state_are_the_whole():
         parts.append(y)
     torch.testing.assert_close(torch.cat(parts, 1), whole)
     torch.testing.assert_close(state, end)
+
+
+@pytest.mark.rows("S4")
+@pytest.mark.parametrize("T, chunk", [(1, 4), (12, 4), (13, 4), (13, 64)])
+@pytest.mark.parametrize("scores", [1, 1 << 17])
+def test_a_decay_that_is_not_learned_gives_the_same_with_every_gradient(T, chunk, scores, monkeypatch):
+    """Without a gradient of the decay and without borders the chunks are walked one by one."""
+    monkeypatch.setattr(walk, "SCORES", scores)
+    for state in (True, False):
+        q, k, v, log_decay, _, h = example(T, 4, 4, "fixed", borders=False, state=state)
+
+        def fixed(form: Any, *more: int, rate: Any = log_decay) -> Any:
+            return lambda a, b, c, decay, *rest: form(a, b, c, rate, *rest, *more)
+
+        wanted = gradients(fixed(recurrent), q, k, v, None, None, h)
+        for got, want in zip(gradients(fixed(chunked, chunk), q, k, v, None, None, h), wanted, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
