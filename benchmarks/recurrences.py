@@ -108,7 +108,7 @@ def main() -> None:
     print(f"{processor()}, one thread, process CPU clock, {args.rounds} rounds, 1 x {T} tokens, {D} wide\n")
     print("| layer | what | ours, ms | beside | theirs, ms | ratio |\n|---|---|---|---|---|---|")
     if args.torchscale:
-        for n_heads, chunk in ((16, 512), (8, 512), (8, 64)):
+        for n_heads, chunk in ((32, 512), (16, 512), (8, 512), (8, 64)):
             sides = {
                 "ours": ours({"kind": "retention", "n_heads": n_heads}),
                 f"torchscale, chunk {chunk}": retention_of_torchscale(n_heads, chunk),

@@ -219,7 +219,7 @@ def stop_at_random(n: int, seed: int, work: Path, *, compiled: bool = False) -> 
             lasts.setdefault(place, next(t for t, other in told[i:] if other == f"end {place}") - moment)
     chain = 0
     longest = {"75": 0.0, "130": 0.0}
-    while result.kills < n:
+    while result.kills < n and chain < n:
         folder = work / f"chain-{chain}"
         for place in PLACES:
             if result.kills >= n:
@@ -228,7 +228,9 @@ def stop_at_random(n: int, seed: int, work: Path, *, compiled: bool = False) -> 
             number = signal.SIGINT if twice or chance.random() < 0.5 else signal.SIGTERM
             child = Child(recipe, folder, slow_tokenizer=place == "tokenizer" and chain % 2 == 0)
             if not child.reach(place):
-                result.failures.append(f"{place} was not reached, exit code {child.wait(patience)}")
+                # On a busy machine a signal can come too late, and find the next place done: another chain makes up.
+                if (code := child.wait(patience)) != 0:
+                    result.failures.append(f"{place} was not reached, exit code {code}")
                 break
             time.sleep(0.9 * lasts[place] * chance.random())
             os.kill(child.id, number)
@@ -268,6 +270,8 @@ def stop_at_random(n: int, seed: int, work: Path, *, compiled: bool = False) -> 
                 result.failures.append(f"chain {chain}, {name}: {found.get(name)}, expected {expected.get(name)}")
         if left := [path.name for path in folder.rglob("*.tmp-*")]:
             result.failures.append(f"chain {chain}: left {left}")
+    if result.kills < n:
+        result.failures.append(f"only {result.kills} of {n} stops in {chain} chains")
     result.seconds = time.monotonic() - began
     result.what += f" (longest {longest['75']:.2f} s to exit 75, {longest['130']:.2f} s to exit 130)"
     return result

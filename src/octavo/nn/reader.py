@@ -142,4 +142,3 @@ def attend_masked(
     if "attention" in ctx.record:
         ctx.recorded.setdefault("attention", []).append(attention_weights(q, k, mask, **how))  # type: ignore[arg-type]
     return reading.attend(q, k, v, mask, dropout=reading.dropout, **how)
-
