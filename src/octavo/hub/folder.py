@@ -14,25 +14,38 @@ from torch import Tensor
 
 from octavo.errors import CheckpointError, ConfigError, did_you_mean
 from octavo.files import fsync_path, make_folder, write_json
-from octavo.hub.family import Entry, Family
+from octavo.hub.bamba import Bamba
+from octavo.hub.bloom import Bloom
+from octavo.hub.falcon import Falcon
+from octavo.hub.family import Family
 from octavo.hub.formats import INDEX, PICKLED, WEIGHTS
 from octavo.hub.gemma2 import Gemma2
 from octavo.hub.gpt2 import GPT2
+from octavo.hub.gpt_neox import GPTNeoX
 from octavo.hub.limits import check_header, check_layers, check_sizes, read_json
 from octavo.hub.llama import Llama
+from octavo.hub.mamba import Mamba
+from octavo.hub.mamba2 import Mamba2
 from octavo.hub.minimind import MiniMind
 from octavo.hub.mistral import Mistral
+from octavo.hub.mpt import Mpt
 from octavo.hub.nanochat import NanoChat
 from octavo.hub.olmo2 import Olmo2
+from octavo.hub.phi import Phi
 from octavo.hub.phi3 import Phi3
 from octavo.hub.qwen import Qwen2, Qwen3
-from octavo.models.decoder import MODELS, Decoder, build
+from octavo.hub.rwkv import Rwkv
+from octavo.models.decoder import Decoder, build
+from octavo.models.tables import MODELS
 from octavo.schema import component, no_imports
 
 # The first that can say exactly what a model is gets to write it.
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for family in (Llama(), Qwen2(), Qwen3(), GPT2(), Mistral(), Gemma2(), Olmo2(), Phi3(), MiniMind(), NanoChat())
+    for family in (
+        *(Llama(), Qwen2(), Qwen3(), GPT2(), Mistral(), Gemma2(), Olmo2(), Phi3(), MiniMind(), NanoChat()),
+        *(GPTNeoX(), Phi(), Bloom(), Mpt(), Falcon(), Mamba(), Mamba2(), Rwkv(), Bamba()),
+    )
 }
 NATIVE = "octavo"
 SHARD_BYTES = 5 * 10**9
@@ -64,6 +77,13 @@ def family_of(model_type: str) -> Family:
 def model_config(hf: Mapping[str, Any]) -> Decoder.Config:
     """Our configuration of a config.json."""
     check_layers(hf)
+    if stored := hf.get("quantization_config"):
+        how = stored.get("quant_method", "unknown") if isinstance(stored, Mapping) else stored
+        raise CheckpointError(
+            f"config.json has quantization_config: the weights are stored as {how!r} with scales of their own, "
+            "which are not read here",
+            fix="turn them into bfloat16 with the program that made them, or use an unquantised copy",
+        )
     try:
         with no_imports():
             if hf["model_type"] == NATIVE:
@@ -93,7 +113,11 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> Decoder:
     folder = Path(folder)
     hf = read_config(folder)
     config = model_config(hf)
-    return assemble(hf, config, read_tensors(folder), folder, dtype)
+    tensors = read_tensors(folder)
+    if hf["model_type"] != NATIVE:
+        said, hf = hf, family_of(hf["model_type"]).of(hf).borne_out(hf, tensors)
+        config = config if hf is said else model_config(hf)
+    return assemble(hf, config, tensors, folder, dtype)
 
 
 def assemble(
@@ -129,7 +153,9 @@ def assemble(
     model.to_empty(device="cpu")
     with torch.no_grad():
         for name in own:
-            parameter = found[name].to(dtype)
+            # What is counted and not trained (a bias of the choice of experts) keeps the precision it was saved in.
+            kept = dtype if own[name].requires_grad else torch.promote_types(dtype, found[name].dtype)
+            parameter = found[name].to(kept)
             module, _, leaf = name.rpartition(".")
             made = torch.nn.Parameter(parameter.contiguous(), requires_grad=own[name].requires_grad)
             setattr(model.get_submodule(module), leaf, made)
@@ -141,8 +167,11 @@ def _from_foreign(
 ) -> dict[str, Tensor]:
     entries = family.entries(config)
     prefix = family.optional_prefix
+    for pattern, spelling in family.renamed.items():
+        tensors = {re.sub(pattern, spelling, name): tensor for name, tensor in tensors.items()}
     if prefix and not any(name.startswith(prefix) for name in tensors):
-        tensors = {name if name == family.head else prefix + name: tensor for name, tensor in tensors.items()}
+        head = family.head.removesuffix("weight")
+        tensors = {name if name.startswith(head) else prefix + name: tensor for name, tensor in tensors.items()}
     left = {n: t for n, t in tensors.items() if not any(re.fullmatch(p, n) for p in family.ignored)}
     if config.tie_embeddings and family.head in left:
         embedding = next(entry.theirs for entry in entries if entry.ours == ("embed.weight",))
@@ -152,23 +181,30 @@ def _from_foreign(
                 f"{folder}: {family.head} differs from {embedding}, although config.json ties them",
                 fix="set tie_word_embeddings to false",
             )
-    found, missing, wrong = {}, [], []
+    found: dict[str, Tensor] = {}
+    pieces: dict[str, list[tuple[int, int, Tensor]]] = {}
+    missing, wrong = [], []
     for entry in entries:
         if entry.theirs not in left:
-            missing.append(entry.theirs)
+            missing += [] if entry.repeats else [entry.theirs]
             continue
         tensor = left.pop(entry.theirs)
         shapes = [tuple(own[name].shape) for name in entry.ours]
-        stacked = (sum(shape[0] for shape in shapes), *shapes[0][1:])
-        expected = stacked[::-1] if entry.transposed else stacked
+        expected = entry.shape(shapes)
         if tuple(tensor.shape) != expected:
             wrong.append(f"{entry.theirs} has {tuple(tensor.shape)}, expected {expected}")
-            continue
-        tensor = tensor.T if entry.transposed else tensor
-        parts = tensor.split([shape[0] for shape in shapes])
-        # Parts of one matrix must not stay in one memory: what holds the parameters later asks for one each.
-        found |= dict(zip(entry.ours, parts if len(parts) == 1 else [part.clone() for part in parts], strict=True))
+        elif entry.cut is not None:
+            axis, index, _ = entry.cut
+            pieces.setdefault(entry.ours[0], []).append((index, axis, entry.split(tensor, shapes)[0]))
+        elif entry.repeats:
+            if entry.ours[0] in found and not torch.equal(tensor, found[entry.ours[0]]):
+                wrong.append(f"{entry.theirs} is not the copy it should be")
+        else:
+            found |= dict(zip(entry.ours, entry.split(tensor, shapes), strict=True))
     _refuse(folder, missing, list(left), wrong)
+    for name, of_one in pieces.items():
+        ordered = sorted(of_one, key=lambda piece: piece[0])
+        found[name] = torch.cat([tensor for *_, tensor in ordered], ordered[0][1])
     return found
 
 
@@ -279,14 +315,19 @@ def save_model(
 
     folder = Path(folder)
     name = choose_family(model.config, family)
-    own = {n: p.detach().to("cpu", dtype or p.dtype).contiguous() for n, p in model.named_parameters()}
+    own = {
+        n: p.detach().to("cpu", dtype if dtype and p.requires_grad else p.dtype).contiguous()
+        for n, p in model.named_parameters()
+    }
     if name == NATIVE:
         tensors = own
         hf: dict[str, Any] = {"model_type": NATIVE, "architectures": ["Decoder"],
                               "model": model.config.model_dump(mode="json")}  # fmt: skip
     else:
         chosen = FAMILIES[name]
-        tensors = {entry.theirs: _stack(entry, own) for entry in chosen.entries(model.config)}
+        tensors = {
+            entry.theirs: entry.join([own[part] for part in entry.ours]) for entry in chosen.entries(model.config)
+        }
         # Where the ids are not said, a class there has some of its own, perhaps beyond the vocabulary.
         ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
         hf = {"model_type": name, "architectures": [chosen.architecture], **ids, **chosen.write(model.config)}
@@ -321,11 +362,6 @@ def save_model(
         aside.rename(folder)
     fsync_path(folder.parent)
     return name
-
-
-def _stack(entry: Entry, own: Mapping[str, Tensor]) -> Tensor:
-    tensor = torch.cat([own[name] for name in entry.ours])
-    return (tensor.T if entry.transposed else tensor).contiguous().clone()
 
 
 def _shards(tensors: Mapping[str, Tensor], limit: int) -> dict[str, list[str]]:

@@ -107,36 +107,94 @@ class Llama(Family):
             raise self.refuse("layer_types", kinds, "has sliding layers without a sliding_window")
         return [window if KINDS[kind] else None for kind in kinds]
 
+    # ----------------------------------------------------------------------------- the two mixers of a layer
+
+    def read_mixer(self, hf: Mapping[str, Any], window: int | None) -> dict[str, Any]:
+        return {
+            "kind": "attention",
+            "n_heads": hf["num_attention_heads"],
+            "n_kv_heads": hf.get("num_key_value_heads") or hf["num_attention_heads"],
+            "head_dim": hf.get("head_dim", self.default_head_dim) or hf["hidden_size"] // hf["num_attention_heads"],
+            "dropout": hf.get("attention_dropout") or 0.0,
+            "window": window,
+            **self.read_attention(hf),
+        }
+
+    def write_mixer(self, mixer: Any, d_model: int) -> dict[str, Any]:
+        mixer = mixer.model_copy(update={"head_dim": mixer.head_dim or d_model // mixer.n_heads})
+        return {
+            "num_attention_heads": mixer.n_heads,
+            "num_key_value_heads": mixer.n_kv_heads or mixer.n_heads,
+            "head_dim": mixer.head_dim,
+            "attention_dropout": mixer.dropout,
+            **self.write_attention(mixer),
+        }
+
+    def mixer_entries(self, block: BlockConfig, theirs: str, ours: str) -> list[Entry]:
+        """The tensors of a layer's attention, below the names ``theirs`` and ``ours``."""
+        found = self.product_entries(block, "mixer", theirs, ours)
+        for p in "qk" if block.mixer.qk_norm else "":
+            found.append(Entry(f"{theirs}.self_attn.{p}_norm.weight", (f"{ours}.mixer.mixer.{p}_norm.weight",)))
+        return found
+
+    def channels(self, hf: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+        """Each layer's channel mixer, and the name of its block where attention has no window."""
+        return [("full", self.read_glu(hf))] * hf["num_hidden_layers"]
+
+    def read_glu(self, hf: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "kind": "glu",
+            "d_ff": hf["intermediate_size"],
+            "activation": activation(hf.get(self.activation_key) or self.default_activation),
+            "bias": hf.get("mlp_bias") or False,
+        }
+
+    def write_channels(self, config: Decoder.Config) -> dict[str, Any]:
+        channel: Any = config.blocks[config.layer_names()[0]].channel
+        return {
+            "intermediate_size": channel.d_ff or -(-8 * config.d_model // 96) * 32,
+            self.activation_key: hf_activation(channel.activation),
+            **({} if "mlp_bias" in self.only else {"mlp_bias": channel.bias}),
+        }
+
+    def channel_entries(self, block: BlockConfig, theirs: str, ours: str) -> list[Entry]:
+        """The tensors of a layer's channel mixer."""
+        return self.product_entries(block, "channel", theirs, ours)
+
+    def product_entries(self, block: BlockConfig, side: str, theirs: str, ours: str) -> list[Entry]:
+        found = []
+        for product, parts in self.products.items():
+            if parts[0].startswith(side):
+                for kind in ("weight", "bias") if _biased(block, parts[0]) else ("weight",):
+                    found.append(Entry(f"{theirs}.{product}.{kind}", tuple(f"{ours}.{part}.{kind}" for part in parts)))
+        return found
+
+    def layer_entries(self, block: BlockConfig, theirs: str, ours: str) -> list[Entry]:
+        """All tensors of one layer."""
+        norms = [Entry(f"{theirs}.{norm}.weight", (f"{ours}.{part}.weight",)) for norm, part in self.norms.items()]
+        return [*self.mixer_entries(block, theirs, ours), *self.channel_entries(block, theirs, ours), *norms]
+
     # ------------------------------------------------------------------------------------------ contract
 
     def read(self, hf: Mapping[str, Any]) -> Decoder.Config:
         for key, plain in self.only.items():
             if hf.get(key) not in (None, plain):
                 raise self.refuse(key, hf[key])
-        mixer = {
-            "kind": "attention",
-            "n_heads": hf["num_attention_heads"],
-            "n_kv_heads": hf.get("num_key_value_heads") or hf["num_attention_heads"],
-            "head_dim": hf.get("head_dim", self.default_head_dim) or hf["hidden_size"] // hf["num_attention_heads"],
-            "dropout": hf.get("attention_dropout") or 0.0,
-            **self.read_attention(hf),
-        }
-        channel = {
-            "kind": "glu",
-            "d_ff": hf["intermediate_size"],
-            "activation": activation(hf.get(self.activation_key) or self.default_activation),
-            "bias": hf.get("mlp_bias") or False,
-        }
-        windows = self.windows(hf)
-        names = ["full" if window is None else "window" for window in windows]
+        windows, channels = self.windows(hf), self.channels(hf)
+        names = [
+            name if window is None else {"full": "window"}.get(name, f"{name}_window")
+            for (name, _), window in zip(channels, windows, strict=True)
+        ]
         blocks = {
             name: {
-                "mixer": {**mixer, "window": window},
+                "mixer": self.read_mixer(hf, window),
                 "channel": channel,
                 "norm_placement": self.placement,
                 "dropout": hf.get("resid_pdrop") or 0.0,
             }
-            for name, window in dict(zip(names, windows, strict=True)).items()
+            for name, (window, (_, channel)) in dict(
+                zip(names, zip(windows, channels, strict=True), strict=True)
+            ).items()
         }
         return Decoder.Config.model_validate(
             {
@@ -154,24 +212,15 @@ class Llama(Family):
 
     def write(self, config: Decoder.Config) -> dict[str, Any]:
         blocks = [config.blocks[name] for name in config.layer_names()]
-        mixer: Any = blocks[0].mixer
-        mixer = mixer.model_copy(update={"head_dim": mixer.head_dim or config.d_model // mixer.n_heads})
-        channel: Any = blocks[0].channel
         return {
             "vocab_size": config.vocab_size,
             "hidden_size": config.d_model,
             "num_hidden_layers": config.n_layers,
-            "num_attention_heads": mixer.n_heads,
-            "num_key_value_heads": mixer.n_kv_heads or mixer.n_heads,
-            "head_dim": mixer.head_dim,
-            "intermediate_size": channel.d_ff or -(-8 * config.d_model // 96) * 32,
-            self.activation_key: hf_activation(channel.activation),
             "rms_norm_eps": config.norm.eps,
-            "attention_dropout": mixer.dropout,
-            **({} if "mlp_bias" in self.only else {"mlp_bias": channel.bias}),
+            **self.write_mixer(blocks[0].mixer, config.d_model),
+            **self.write_channels(config),
             **self.write_positions(config),
-            **self.write_attention(mixer),
-            **self.write_windows([block.mixer.window for block in blocks]),
+            **self.write_windows([getattr(block.mixer, "window", None) for block in blocks]),
             **self.write_ends(config),
         }
 
@@ -188,15 +237,7 @@ class Llama(Family):
         if not config.tie_embeddings:
             found.append(Entry(self.head, ("head.weight",)))
         for i, name in enumerate(config.layer_names()):
-            block, theirs, ours = config.blocks[name], f"{root}layers.{i}", f"blocks.{i}.layers"
-            for product, parts in self.products.items():
-                for kind in ("weight", "bias") if _biased(block, parts[0]) else ("weight",):
-                    found.append(Entry(f"{theirs}.{product}.{kind}", tuple(f"{ours}.{part}.{kind}" for part in parts)))
-            for norm, part in self.norms.items():
-                found.append(Entry(f"{theirs}.{norm}.weight", (f"{ours}.{part}.weight",)))
-            if block.mixer.qk_norm:
-                for p in "qk":
-                    found.append(Entry(f"{theirs}.self_attn.{p}_norm.weight", (f"{ours}.mixer.mixer.{p}_norm.weight",)))
+            found += self.layer_entries(config.blocks[name], f"{root}layers.{i}", f"blocks.{i}.layers")
         return found
 
 
