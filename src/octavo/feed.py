@@ -20,6 +20,7 @@ from octavo.data.loader import Loader, pretraining_loader, sweep
 from octavo.data.pack import Batch, Packed, StreamRows, WholeRows
 from octavo.data.shards import Shards
 from octavo.errors import CheckpointError, ConfigError, DataError, did_you_mean
+from octavo.predictors.settings import CountedConfig
 from octavo.run import RunFolder
 from octavo.tokenizer import Tokenizer
 from octavo.training.settings import TrainConfig
@@ -62,6 +63,11 @@ def settings(recipe: Recipe, stage: str) -> TrainConfig:
         ConfigError: it has no such stage.
     """
     found = {"pretrain": recipe.train, "tune": recipe.tune}.get(stage)
+    if found is None and isinstance(recipe.model, CountedConfig):
+        raise ConfigError(
+            f"the recipe has no stage {stage!r}: its model is counted in one pass, without steps",
+            fix="look at its text with octavo data check",
+        )
     if found is None:
         raise ConfigError(f"the recipe has no stage {stage!r}", fix=did_you_mean(stage, stages(recipe), thing="stage"))
     return found

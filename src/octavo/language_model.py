@@ -17,6 +17,8 @@ from octavo.hub.folder import assemble, load_model, model_config, read_config, s
 from octavo.infer.generate import Completion, encode_prompt, generate, pieces
 from octavo.infer.sampling import SamplingConfig
 from octavo.nn.contracts import Inputs
+from octavo.predictors import folder as counted
+from octavo.predictors.predictor import NGramPredictor
 from octavo.run import find_model
 from octavo.tokenizer import Tokenizer
 
@@ -27,12 +29,12 @@ Prompt = str | Sequence[Mapping[str, Any]]
 
 
 class LanguageModel:
-    """A decoder and the tokenizer that it was trained with.
+    """A model and the tokenizer that it was made with: a decoder, or a predictor that was counted.
 
     A prompt is a text, which is continued, or a list of messages ``{role, content}``, which is answered.
     """
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer):
+    def __init__(self, model: Decoder | NGramPredictor, tokenizer: Tokenizer):
         if tokenizer.vocab_size > model.vocab_size:
             raise ConfigError(
                 f"the tokenizer has {tokenizer.vocab_size:,} ids, the embedding {model.vocab_size:,} rows",
@@ -87,7 +89,9 @@ class LanguageModel:
         if not text:
             raise ConfigError("there is nothing to score in an empty text", fix="give some text")
         eos = self.tokenizer.special.eos
-        scorer = metrics.neural_scorer(self.logits, self.max_seq_len, None, vocab_size=self.model.vocab_size)
+        scorer = metrics.own_scorer(self.model) or metrics.neural_scorer(
+            self.logits, self.max_seq_len, None, vocab_size=self.model.vocab_size
+        )
         lengths = metrics.token_byte_lengths(self.tokenizer)
         document = Encoded([text], self.tokenizer).document(0)
         return metrics.score_documents(scorer, [document], lengths, -1 if eos is None else eos).figures()
@@ -104,9 +108,18 @@ class LanguageModel:
         ids = {"bos_token_id": special.bos, "pad_token_id": special.pad}
         ids = {name: i for name, i in ids.items() if i is not None}
         single = {"eos_token_id": ends[0]} if ends else {}
+
+        def beside(place: str | Path) -> None:
+            self.tokenizer.save(place)
+            write_json(Path(place) / "generation_config.json", ids | ({"eos_token_id": ends} if ends else {}))
+
+        if isinstance(self.model, NGramPredictor):
+            if family not in ("auto", counted.NATIVE):
+                raise ConfigError(f"a counted model cannot be written as {family!r}", fix="leave the family out")
+            counted.save(self.model, folder, ids | single, beside)
+            return counted.NATIVE
         name = save_model(self.model, folder, family=family, extra=ids | single)
-        self.tokenizer.save(folder)
-        write_json(Path(folder) / "generation_config.json", ids | ({"eos_token_id": ends} if ends else {}))
+        beside(folder)
         return name
 
 
@@ -124,7 +137,12 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto", *, tokenizer: Toke
     place = find_model(path, files=True)
     if place.is_file():
         return from_foreign(formats.read(place, tokenizer), place, dtype)
-    wanted = _dtype(dtype, read_config(place))
+    hf = read_config(place)
+    if counted.is_counted(hf):
+        if dtype not in ("auto", "saved"):
+            raise ConfigError(f"{path} was counted: it has no weights to hold in {dtype}", fix="leave the dtype out")
+        return LanguageModel(counted.load(place, hf), tokenizer or Tokenizer.load(place))
+    wanted = _dtype(dtype, hf)
     return LanguageModel(load_model(place, wanted), tokenizer or Tokenizer.load(place))
 
 

@@ -7,10 +7,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from octavo.config import Recipe, apply_overrides
+from octavo.config import Pretrained, Recipe, apply_overrides
 from octavo.errors import ConfigError
 from octavo.pipeline import Pipeline
-from octavo.plan import compiling_pays
+from octavo.plan import compiling_pays, refuse_counted
 from octavo.run import RunFolder
 from octavo.stop import StopSignal
 from octavo.training.machine import has_device, resolve, set_threads, tune_allocator
@@ -75,6 +75,8 @@ def run(
         recipe = Recipe.load(recipe, overrides)
     elif overrides:
         recipe = Recipe.parse(apply_overrides(recipe.plain(), overrides))
+    if isinstance(recipe.model, Pretrained.Config):
+        refuse_counted(recipe.model.path)  # before anything is made
     folder = RunFolder(out if out is not None else Path("runs") / recipe.name)
     console = console or Console()
     listening = nullcontext(stop) if stop is not None else StopSignal(max_time)

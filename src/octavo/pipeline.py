@@ -1,4 +1,4 @@
-"""A recipe made real, stage by stage: data, tokenizer, pretrain, tune, eval, report.
+"""A recipe made real, stage by stage: data, tokenizer, pretrain (or count), tune, eval, report.
 
 Each stage leaves its result in the run folder and an entry in stages.json with a fingerprint of everything
 it was made from. Run again, finished stages are kept and an interrupted one goes on where it was.
@@ -24,6 +24,7 @@ from octavo.data.shards import Shards, write_shards
 from octavo.data.vocabulary import learn
 from octavo.errors import CheckpointError, ConfigError, DataError, StopRequested
 from octavo.eval.answers import Question, greedy
+from octavo.eval.metrics import own_scorer
 from octavo.eval.runner import evaluate, summary
 from octavo.files import make_folder, sha256_file
 from octavo.infer.sampling import SamplingConfig
@@ -31,6 +32,10 @@ from octavo.language_model import LanguageModel, load
 from octavo.models.cost import cost
 from octavo.models.decoder import Decoder, build
 from octavo.objectives.likelihood import OBJECTIVES
+from octavo.predictors.folder import array_bytes
+from octavo.predictors.kinds import count
+from octavo.predictors.predictor import NGramPredictor
+from octavo.predictors.settings import CountedConfig
 from octavo.run import FREE_TRAIN_KEYS, RunFolder, find_model, fingerprint
 from octavo.stop import StopSignal
 from octavo.tokenizer import Tokenizer
@@ -67,13 +72,15 @@ class Pipeline:
     workers: int | None = None
     redo_data: bool = False
 
-    def run(self) -> dict[str, str]:
-        """Go through all stages; returns the closing figures.
+    def run(self, until: str | None = None) -> dict[str, str]:
+        """Go through all stages, or those up to ``until``; returns the closing figures.
 
         Raises:
             StopRequested: on a signal or time limit, with everything saved.
         """
         recipe, stages = self.recipe, self._stages()
+        if until is not None:
+            stages = stages[: 1 + [name for name, _, _ in stages].index(until)]
         previous = fingerprint(recipe.seed)
         for i, (name, stage, settings) in enumerate(stages, 1):
             previous = fingerprint(previous, name, settings)
@@ -92,10 +99,10 @@ class Pipeline:
         """A stage's facts; what ends it early in words of the user's."""
         try:
             self.stop.check(f"before stage {name}")
-            # Scores and the page are written in one step at the end: nothing is lost by breaking them off.
+            # Counts, scores and the page are written in one step at the end: nothing is spoiled by breaking them off.
             with (
                 told_when_it_runs_out(f"in stage {name}", "close other programs, or use fewer workers"),
-                self.stop.at_once() if name in ("eval", "report") else nullcontext(),
+                self.stop.at_once() if name in ("count", "eval", "report") else nullcontext(),
             ):
                 return stage()
         except StopRequested as error:
@@ -112,6 +119,8 @@ class Pipeline:
             found.append(("data", self.data, self._data_fingerprint(r.data)))
         brought = self._brought(r.model.path) if isinstance(r.model, Pretrained.Config) else None
         found.append(("tokenizer", self.tokenizer, [r.tokenizer.model_dump(mode="json"), brought]))
+        if isinstance(r.model, CountedConfig):
+            found.append(("count", self.count, r.model.model_dump(mode="json", exclude={"max_seq_len"})))
         if r.train is not None:
             deciding = [r.model.model_dump(mode="json"), _deciding(r.train), r.tune is not None]
             found.append(("pretrain", self.pretrain, deciding))
@@ -205,6 +214,22 @@ class Pipeline:
                 f"{shards.n_bytes / max(1, shards.n_tokens - 2 * shards.n_documents):.2f} bytes a token"
             )
         return {"vocab_size": tokenizer.vocab_size, **tokens}
+
+    def count(self) -> dict[str, Any]:
+        """Count the shards in one pass; the result is model/."""
+        config, tokenizer = self.recipe.model, self._tokenizer()
+        assert isinstance(config, CountedConfig)
+        shards = Shards.open(self.folder.path / "data" / "train")
+        shards.require(tokenizer)
+        self.console.note(f"{shards.n_documents:,} documents, {shards.n_tokens:,} tokens")
+        documents = (shards.document(i) for i in range(shards.n_documents))
+        made = count(_sized(config, tokenizer), self._stoppable(documents, "while counting"), tokenizer.special.bos)
+        lm = LanguageModel(made, tokenizer)
+        lm.save(self.folder.model_path)
+        self.console.note(
+            ", ".join(f"{value:,} {name}" for name, value in made.facts.items() if isinstance(value, int))
+        )
+        return {"tokens": shards.n_tokens, "bytes": array_bytes(self.folder.model_path), **made.facts}
 
     def pretrain(self) -> dict[str, Any]:
         """Train on the shards; the result is base/ (or model/ when nothing follows)."""
@@ -321,15 +346,17 @@ class Pipeline:
         base = load(self.folder.base_path) if recipe.tune and recipe.train else final
         data = self.folder.path / "data"
         questions = self._questions()
-        facts_ = {"parameters": cost(final.model).parameters, "run": recipe.name}
+        counted = isinstance(final.model, NGramPredictor)
+        facts_ = {"parameters": None if counted else cost(final.model).parameters, "run": recipe.name}
         if recipe.data is not None and feed.has_held_out(self.folder.path):
             held_out = Shards.open(data / "valid")
             result = evaluate(
                 logits_fn=self._polled(base.logits),
+                scorer=own_scorer(base.model),
                 max_seq_len=base.max_seq_len,
                 tokenizer=base.tokenizer,
                 held_out=held_out,
-                trained_on=Shards.open(data / "train") if recipe.train else None,
+                trained_on=Shards.open(data / "train") if recipe.train or counted else None,
                 config=config,
                 questions=questions,
                 generate_fn=self._polled(greedy(final.model, final.tokenizer)),
@@ -367,13 +394,7 @@ class Pipeline:
         if isinstance(config, Pretrained.Config):
             model = load(config.path).model
             return model.config, lambda: model
-        if config.vocab_size is None:
-            config = config.model_copy(update={"vocab_size": tokenizer.vocab_size})
-        if config.vocab_size < tokenizer.vocab_size:
-            raise ConfigError(
-                f"the tokenizer has {tokenizer.vocab_size} ids, model.vocab_size is {config.vocab_size}",
-                fix="leave model.vocab_size out",
-            )
+        config = _sized(config, tokenizer)
         return config, lambda: build(config, seed=self.recipe.seed)
 
     def _tokenizer(self) -> Tokenizer:
@@ -417,6 +438,18 @@ class Pipeline:
         finally:
             if bar is not None:
                 bar.close()
+
+
+def _sized(config: Any, tokenizer: Tokenizer) -> Any:
+    """A model's settings with the vocabulary's size in them."""
+    if config.vocab_size is None:
+        config = config.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    if config.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, model.vocab_size is {config.vocab_size}",
+            fix="leave model.vocab_size out",
+        )
+    return config
 
 
 def _peak_memory() -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from octavo.config import Pretrained, Recipe
-from octavo.errors import ConfigError, OctavoError, ResourceError
+from octavo.errors import ConfigError, OctavoError, ResourceError, UnsupportedError
 from octavo.feed import rows_of_step, seq_len_of, settings
 from octavo.models.cost import cost
 from octavo.models.decoder import Decoder, build
@@ -140,6 +140,7 @@ def model_of(recipe: Recipe) -> Decoder.Config:
         from octavo.hub.folder import model_config, read_config
         from octavo.run import find_model
 
+        refuse_counted(recipe.model.path)
         return model_config(read_config(find_model(recipe.model.path)))
     model = recipe.model
     if model.vocab_size is None:
@@ -148,6 +149,27 @@ def model_of(recipe: Recipe) -> Decoder.Config:
             raise ConfigError("the vocabulary's size is not known before the tokenizer is", fix="set model.vocab_size")
         model = model.model_copy(update={"vocab_size": size})
     return model
+
+
+def refuse_counted(path: str) -> None:
+    """Refuse a model that was counted where one to train is asked for; whatever else is wrong is found later.
+
+    Raises:
+        UnsupportedError: it has no weights to train.
+    """
+    from octavo.hub.folder import read_config
+    from octavo.predictors.folder import is_counted
+    from octavo.run import find_model
+
+    try:
+        hf = read_config(find_model(path))
+    except OctavoError:
+        return
+    if is_counted(hf):
+        raise UnsupportedError(
+            f"{path} is a model of kind {hf['model']['kind']}: it was counted and has no weights to train",
+            fix="tune a decoder; count again with other text to change this one",
+        )
 
 
 def measure(model: Decoder.Config, train: TrainConfig, rows: int, seq_len: int, budget: float) -> Rehearsal:

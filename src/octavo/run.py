@@ -26,7 +26,7 @@ from typing import Any
 from octavo.errors import CheckpointError, ConfigError, ConfigErrors, LockedError, ResourceError
 from octavo.files import make_folder, write_atomic, write_json
 
-STAGES = ("data", "tokenizer", "pretrain", "tune", "eval", "report")
+STAGES = ("data", "tokenizer", "count", "pretrain", "tune", "eval", "report")
 
 # Training settings that only decide how the work is watched, kept, guarded and cut to fit the memory.
 FREE_TRAIN_KEYS = (

@@ -24,6 +24,7 @@ MAY_SEE: dict[str, set[str]] = {
     "data": {"tokenizer", "report"},
     "nn": set(),
     "models": {"nn"},
+    "predictors": {"nn"},
     "batch": {"nn"},
     "objectives": {"nn", "batch"},
     "explain": {"nn", "models", "laws"},

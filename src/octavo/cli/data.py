@@ -173,7 +173,7 @@ def show(
     if html is not None:
         check_ours(html)
     with _opened(words, workers) as (recipe, folder):
-        stage = stage or feed.stages(recipe)[0]
+        stage = stage or next(iter(feed.stages(recipe)), "pretrain")
         with warnings.catch_warnings(record=True) as told:
             found = feed.look(recipe, folder, stage, split=split, step=step, n=rows)
         for line in dict.fromkeys([*feed.changed(recipe, folder), *(str(warning.message) for warning in told)]):

@@ -39,7 +39,7 @@ def evaluate(
 
     Example: [bold]octavo eval runs/quickstart[/bold]   ·   [bold]octavo eval my-model --data book.txt[/bold]
     """
-    from octavo.eval import answers, runner
+    from octavo.eval import answers, metrics, runner
     from octavo.files import make_folder
     from octavo.language_model import load
     from octavo.run import find_model
@@ -60,6 +60,7 @@ def evaluate(
     documents = open_documents(held_out, lm.tokenizer)
     result = runner.evaluate(
         logits_fn=lm.logits,
+        scorer=metrics.own_scorer(lm.model),
         max_seq_len=lm.max_seq_len,
         vocab_size=lm.model.vocab_size,
         tokenizer=lm.tokenizer,

@@ -55,6 +55,6 @@ def serve(
 
         lm: Any = octavo.load(model)
         served = name or model.resolve().name
-        application = create_app(lm.model.eval(), lm.tokenizer, served, config)
+        application = create_app(lm.model, lm.tokenizer, served, config)
         announce(served, sock, config)
         return listen(application, sock, config)

@@ -148,6 +148,12 @@ def ngram_scorer(model: KneserNey) -> Scorer:
     return lambda documents: model.score(*flatten(documents))
 
 
+def own_scorer(model: Any) -> Scorer | None:
+    """The scorer of a predictor that has a ``score`` of its own; None of one whose logits have to be asked for."""
+    score = getattr(model, "score", None)
+    return None if score is None else lambda documents: score(*flatten(documents))
+
+
 def neural_scorer(
     logits_fn: Callable[[Tensor], Tensor], max_seq_len: int, stride: int | None = None, *, vocab_size: int
 ) -> Scorer:

@@ -78,6 +78,7 @@ def evaluate(
     max_seq_len: int,
     tokenizer: Tokenizer,
     held_out: Documents,
+    scorer: metrics.Scorer | None = None,
     trained_on: Documents | None,
     config: EvalConfig,
     questions: Sequence[answers.Question] = (),
@@ -95,6 +96,7 @@ def evaluate(
         max_seq_len: the model's longest input in tokens.
         tokenizer: the one that made the documents.
         held_out: documents the model never saw.
+        scorer: scores documents in place of ``logits_fn``, whole ones (``config.stride`` then means nothing).
         trained_on: exactly the documents the model was pretrained on, or None for no baseline.
         questions: held-out questions, asked through ``generate_fn`` (conversations -> (text, stopped) each).
         vocab_size: V of the logits where the embedding is padded beyond the tokenizer's vocabulary.
@@ -117,7 +119,8 @@ def evaluate(
     if n_bytes is not None:
         every = (held_out.document(index) for index in range(held_out.n_documents))
         scored["byte_exact"] = sum(int(lengths[document].sum()) for document in every) == n_bytes
-    scorer = metrics.neural_scorer(logits_fn, max_seq_len, config.stride, vocab_size=vocab_size or len(lengths))
+    if scorer is None:
+        scorer = metrics.neural_scorer(logits_fn, max_seq_len, config.stride, vocab_size=vocab_size or len(lengths))
     model, seconds = _timed(lambda: metrics.score_documents(scorer, documents, lengths, eos))
     result: dict[str, Any] = {
         "format": FORMAT,

@@ -64,7 +64,14 @@ class Run:
         sections = (("data", "data"), ("train", "pretrain"), ("tune", "tune"), ("eval", "eval"))
         names = [stage for section, stage in sections if self.recipe.get(section)]
         names.insert(1 if "data" in names else 0, "tokenizer")
+        if self.counted:
+            names.insert(names.index("tokenizer") + 1, "count")
         return names if self.recipe else [name for name in self.stages if name != "report"]
+
+    @property
+    def counted(self) -> bool:
+        """Whether the model is made by counting: a recipe that trains nothing has no other."""
+        return bool(self.recipe) and not any(self.recipe.get(section) for section in ("train", "tune"))
 
     def seconds(self, stage: str) -> float | None:
         """How long a stage took; training counts the time before an interruption too."""

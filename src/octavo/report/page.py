@@ -85,6 +85,8 @@ def facts(run: Run) -> list[tuple[str, str, str]]:
     found: list[tuple[str, str, str]] = []
     if run.parameters is not None:
         found.append(("parameters", words.count(run.parameters), f"{words.exact(run.parameters)} exactly"))
+    if (entries := number(dig(run.stages, "count", "entries"))) is not None:
+        found.append(("n-grams", words.count(entries), f"{words.exact(int(entries))} exactly"))
     seen = run.training["pretrain"].last("tokens_seen")
     if seen is not None:
         epochs = number(dig(run.stages, "pretrain", "epochs"))
@@ -166,7 +168,8 @@ def _go_on(run: Run) -> Html:
             commands.append((f"octavo chat {where}", "talk to it in the terminal"))
         commands.append((f'octavo generate {where} "Once"', "let it continue a text"))
         commands.append((f"octavo serve {where}", "a web page for chat, and an OpenAI-compatible address"))
-        commands.append((f"octavo tune {where} --data pairs.jsonl", "teach it your own questions and answers"))
+        if not run.counted:
+            commands.append((f"octavo tune {where} --data pairs.jsonl", "teach it your own questions and answers"))
     if not commands:
         return Html("")
     rows = [tag("div", tag("dt", tag("code", command)), tag("dd", what)) for command, what in commands]

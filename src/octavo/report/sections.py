@@ -15,6 +15,7 @@ TITLES = {"pretrain": "Pretraining", "tune": "Tuning"}
 STAGE_WORK = {
     "data": "read, clean and split the text",
     "tokenizer": "learn the vocabulary, turn text into tokens",
+    "count": "count what follows what",
     "pretrain": "learn to continue text",
     "tune": "learn to answer",
     "eval": "score on text and questions it never saw",
@@ -298,6 +299,9 @@ def model(run: Run) -> Html:
         if flops is not None:
             rows.append(("operations per trained token", f"{words.count(flops)} FLOP"))
             break
+    for name, shown in (("entries", words.exact), ("bytes", words.size)):
+        if (value := number(dig(run.stages, "count", name))) is not None:
+            rows.append(({"entries": "n-grams", "bytes": "arrays on disk"}[name], shown(int(value))))
     if run.state_bytes is not None:
         rows.append(("decode state of a full context", words.size(run.state_bytes)))
     for stage in TRAINING:

@@ -1,0 +1,1 @@
+"""Models that are counted, not trained: scored, sampled and served like any other."""
