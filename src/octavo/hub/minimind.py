@@ -1,7 +1,8 @@
-"""minimind (jingyaogong/minimind), its dense models in their own Hugging Face form: three generations, one model_type.
+"""minimind (jingyaogong/minimind) in its own Hugging Face form: three generations, one model_type.
 
 transformers has no class for it, so nothing is written as minimind unless it is asked for: the second generation is
-a Llama, the third a Qwen3, and that is how they are saved. Folders in those forms need nothing of this file.
+a Llama, the third a Qwen3, with experts a Qwen3-MoE, and that is how they are saved. Folders in those forms need
+nothing of this file. The second generation with experts has no such sibling and is saved in our own layout.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from octavo.hub.family import Family
+from octavo.hub.experts import WithExperts
+from octavo.hub.family import Entry, Family
 from octavo.hub.llama import Llama
 from octavo.models.decoder import Decoder
 
@@ -29,7 +31,9 @@ class MiniMind(Llama):
     default_tied = True
 
     def of(self, hf: Mapping[str, Any]) -> Family:
-        return FIRST if "dim" in hf else self
+        if "dim" in hf:
+            return FIRST
+        return (THIRD_MOE if "head_dim" in hf else SECOND_MOE) if hf.get("use_moe") else self
 
     def read_attention(self, hf: Mapping[str, Any]) -> dict[str, Any]:
         return {"dropout": hf.get("dropout") or 0.0, **({"qk_norm": self.read_norm(hf)} if "head_dim" in hf else {})}
@@ -93,4 +97,58 @@ def _width(d_model: int, multiple: int) -> int:
     return -(-int(8 * d_model / 3) // multiple) * multiple
 
 
-FIRST = FirstMiniMind()
+class ThirdMoe(WithExperts, MiniMind):
+    """The third generation with experts, one for each token where nothing else is said."""
+
+    only: ClassVar[Mapping[str, Any]] = {key: value for key, value in ONLY.items() if key != "use_moe"}
+
+    def sparse(self, hf: Mapping[str, Any]) -> list[bool]:
+        return [True] * hf["num_hidden_layers"]
+
+    def write_sparse(self, sparse: list[bool]) -> dict[str, Any]:
+        raise ValueError("a mixture is not written in this form")
+
+    def write_experts(self, experts: Any, d_model: int) -> dict[str, Any]:
+        raise ValueError("a mixture is not written in this form")
+
+    def read_experts(self, hf: Mapping[str, Any]) -> dict[str, Any]:
+        weight = hf.get("router_aux_loss_coef", 5e-4)
+        return {
+            "n_experts": hf.get("num_experts", 4),
+            "experts_per_token": hf.get("num_experts_per_tok", 1),
+            "d_ff": hf.get("moe_intermediate_size") or hf["intermediate_size"],
+            "normalise": hf.get("norm_topk_prob", True),
+            "balance": "switch" if weight else "none",
+            "balance_weight": weight,
+            "dropout": 0.0,
+        }
+
+
+class SecondMoe(ThirdMoe):
+    """The second generation with experts, all as wide as a dense layer; shared ones stand in a list of their own."""
+
+    only: ClassVar[Mapping[str, Any]] = {**ThirdMoe.only, "scoring_func": "softmax"}
+
+    def read_experts(self, hf: Mapping[str, Any]) -> dict[str, Any]:
+        k, weight = hf.get("num_experts_per_tok", 2), hf.get("aux_loss_alpha", 0.1)
+        return {
+            "n_experts": hf.get("n_routed_experts", 4),
+            "experts_per_token": k,
+            "n_shared_experts": hf.get("n_shared_experts", 1) or 0,
+            "d_ff": hf["intermediate_size"],
+            "normalise": k > 1 and hf.get("norm_topk_prob", True),
+            "balance": ("sequence" if hf.get("seq_aux", True) else "switch") if weight else "none",
+            "balance_weight": weight,
+            "dropout": hf.get("dropout") or 0.0,
+        }
+
+    def shared_entries(self, channel: Any, theirs: str, ours: str) -> list[Entry]:
+        n, axes = channel.n_shared_experts, {"gate": 0, "up": 0, "down": 1}
+        return [
+            Entry(f"{theirs}.mlp.shared_experts.{i}.{p}_proj.weight", (f"{ours}.shared.{p}.weight",), cut=(axis, i, n))
+            for i in range(n)
+            for p, axis in axes.items()
+        ]
+
+
+FIRST, SECOND_MOE, THIRD_MOE = FirstMiniMind(), SecondMoe(), ThirdMoe()
