@@ -16,6 +16,7 @@ from torch import Tensor
 
 from octavo.errors import CheckpointError
 from octavo.models.decoder import Decoder
+from octavo.models.encoder_decoder import EncoderDecoder
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Family(ABC):
     architecture: str
     ignored: tuple[str, ...] = ()  # patterns of tensors that hold no weights, such as stored masks
     optional_prefix: str = ""  # a prefix that some writers leave out
+    copies: ClassVar[Mapping[str, str]] = {}  # tensors that may be there as copies of another, and of which
     renamed: ClassVar[Mapping[str, str]] = {}  # other spellings of names: pattern and replacement
     head = "lm_head.weight"  # the output matrix, which tied checkpoints may or may not repeat
     automatic = True  # may be chosen for a model that names no family
@@ -134,6 +136,9 @@ TRAINING_ONLY = ("balance", "balance_weight", "bias_rate", "z_loss", "capacity_f
 
 def canonical(config: Decoder.Config) -> dict[str, Any]:
     """What decides the function a model computes: defaults resolved, names and training-only settings dropped."""
+    if isinstance(config, EncoderDecoder.Config):
+        halves = {"encoder": canonical(config.encoder), "decoder": canonical(config.decoder)}
+        return config.model_dump(mode="json", exclude={"encoder", "decoder", "start_id"}) | halves
     plain = config.model_dump(mode="json")
     names = config.layer_names()
     layers = [_layer(config, name) for name in names]
@@ -178,10 +183,33 @@ def _layer(config: Decoder.Config, name: str) -> dict[str, Any]:
         unused = [*TRAINING_ONLY, *(("groups_per_token", "group_score") if experts.n_groups == 1 else ())]
         for key in [*unused, *(("capacity_over", "first") if experts.eval_capacity_factor is None else ())]:
             channel.pop(key)
-    for part in (mixer, channel):
+    if cross := block["cross"] or {}:
+        cross["n_kv_heads"] = cross["n_kv_heads"] or cross["n_heads"]
+        cross["head_dim"] = cross["head_dim"] or config.d_model // cross["n_heads"]
+        cross["scale"] = cross["scale"] or cross["head_dim"] ** -0.5
+        cross["memory_width"] = cross["memory_width"] or config.d_model
+    _resolve_recurrent(mixer, channel, config.d_model)
+    for part in (mixer, cross, channel):
         part.pop("dropout", None)
         part.pop("backend", None)
     return block
+
+
+def _resolve_recurrent(mixer: dict[str, Any], channel: dict[str, Any], d_model: int) -> None:
+    """The widths of recurrent mixers, in place, without what only starting values or the time feel."""
+    if mixer["kind"] == "mamba":
+        mixer["expand"] = max(1, round(mixer["expand"] * d_model))
+        mixer["dt_rank"] = mixer["dt_rank"] or -(-d_model // 16)
+    elif mixer["kind"] == "mamba2":
+        mixer["head_dim"] = mixer["head_dim"] or 2 * d_model // mixer["n_heads"]
+        mixer["norm_groups"] = mixer["norm_groups"] or mixer["n_groups"]
+    elif mixer["kind"] == "rwkv4":
+        mixer["width"] = mixer["width"] or d_model
+    if channel.get("kind") == "rwkv_channel":
+        channel["d_ff"] = channel["d_ff"] or 4 * d_model
+    if mixer["kind"] in ("mamba", "mamba2", "rwkv4"):
+        for key in ("dt_min", "dt_max", "dt_init", "a_init", "chunk"):
+            mixer.pop(key, None)
 
 
 def activation(hf_name: str) -> str:

@@ -31,17 +31,17 @@ def _causal(subject: Subject, named: dict[str, Any], said: str) -> None:
     leaves: list[Tensor] = []
 
     def replace(module: object, args: object, output: Tensor) -> Tensor:
-        leaves.append(output.detach().requires_grad_())
+        leaves.append(output.detach().requires_grad_())  # an encoder's embedding comes before the text's own
         return leaves[-1]
 
     hook = model.embed.register_forward_hook(replace)
     try:
-        logits = model(Inputs(subject.tokens(2), **named)).logits
+        logits = model(subject.inputs(subject.tokens(2), **named)).logits
     finally:
         hook.remove()
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1), dtype=logits.dtype)
     for t in (0, 1, T // 2, T - 2):
-        (gradient,) = torch.autograd.grad((logits * weights)[:, t].sum(), leaves[0], retain_graph=True)
+        (gradient,) = torch.autograd.grad((logits * weights)[:, t].sum(), leaves[-1], retain_graph=True)
         later = gradient[:, t + 1 :].abs().amax((0, 2))
         require(
             bool((later == 0).all()), f"the output at token {t} depends on token {t + 1 + int(later.argmax())}{said}"
@@ -104,9 +104,13 @@ def gradients(subject: Subject) -> None:
     model, tokens = subject.fresh(), subject.tokens(3)
 
     def loss() -> Tensor:
-        outputs = model(Inputs(tokens[:, :-1]), needs=("logits", "multi_token"))
+        further = ("classes",) if getattr(model, "classes", None) is not None else ()
+        outputs = model(
+            subject.inputs(tokens[:, :-1], **typed(model, tokens[:, :-1])), needs=("logits", "multi_token", *further)
+        )
         ce = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
-        return ce + sum(value.sum() for value in (*outputs.aux.values(), *(h.square() for h in outputs.multi_token)))
+        squares = [h.square() for h in (*outputs.multi_token, *([outputs.classes] if further else ()))]
+        return ce + sum(value.sum() for value in (*outputs.aux.values(), *squares))
 
     loss().backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -136,6 +140,12 @@ def gradients(subject: Subject) -> None:
             require(False, f"the gradient is not the derivative of the loss, most of all for {worst}")
 
 
+def typed(model: Decoder, tokens: Tensor) -> dict[str, Tensor]:
+    """Token types that use all there are, for a model that has any."""
+    n = getattr(model.config, "n_token_types", None)
+    return {"token_types": tokens % n} if n else {}
+
+
 def deterministic(subject: Subject) -> None:
     """The same seed starts with the same weights, another with others; evaluation has no chance in it."""
     one, same, other = (
@@ -151,7 +161,7 @@ def hidden_states(subject: Subject) -> None:
     """n_layers + 1 hidden states, the last of them normed and what the head reads."""
     model = subject.model
     with torch.no_grad():
-        out = model(Inputs(subject.tokens(2)), needs=("logits", "hidden", "hidden_states"))
+        out = model(subject.inputs(subject.tokens(2)), needs=("logits", "hidden", "hidden_states"))
         n = len(out.hidden_states)
         require(n == model.config.n_layers + 1, f"{n} hidden states of {model.config.n_layers} layers")
         require(torch.equal(out.hidden_states[-1], out.hidden), "the last hidden state is not the normed one")
@@ -197,10 +207,10 @@ def twins(subject: Subject) -> None:
     doc_ids = torch.stack([torch.arange(T) * 3 // T, torch.arange(T) // 4])
     valid = torch.stack([torch.arange(T) < T - 2, torch.arange(T) >= 3])
     cases = {
-        "whole": Inputs(tokens),
-        "packed": Inputs(tokens, doc_ids=doc_ids),
-        "padded": Inputs(tokens, valid=valid),
-        "one token": Inputs(tokens[:, :1], valid=torch.ones(2, 1, dtype=torch.bool)),
+        "whole": subject.inputs(tokens),
+        "packed": subject.inputs(tokens, doc_ids=doc_ids),
+        "padded": subject.inputs(tokens, valid=valid),
+        "one token": subject.inputs(tokens[:, :1], valid=torch.ones(2, 1, dtype=torch.bool)),
     }
     if not subject.model.capabilities.packed:
         del cases["packed"]
@@ -228,8 +238,9 @@ def compilable(subject: Subject) -> None:
     named = {"valid": torch.arange(T).expand(2, T) < T - 1}
     if subject.model.capabilities.packed:
         named["doc_ids"] = torch.arange(T).expand(2, T) // 5
+    beside = subject.beside(tokens, doc_ids=named.get("doc_ids"))
     torch.compiler.reset()  # every model comes this way, and only so many may come by one line
     traced = torch.compile(lambda x, n: subject.model(Inputs(x, **n)).logits, fullgraph=True, backend="eager")
     with torch.no_grad():
-        out = traced(tokens, named)
+        out = traced(tokens, named | beside)
     require_close(out, subject.logits(tokens, **named), "compiled against eager")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from octavo.nn.contracts import Aux, Context, Dims, Mixer
 from octavo.nn.projection import Projection
 from octavo.nn.state import State
-from octavo.nn.tables import CHANNEL_MIXERS, NORMS, TOKEN_MIXERS
+from octavo.nn.tables import CHANNEL_MIXERS, CROSS_MIXERS, NORMS, POSITIONS, TOKEN_MIXERS
 from octavo.schema import Config, component, one_of
 
 NormPlacement = Literal["pre", "branch", "sandwich", "post"]
@@ -21,22 +21,27 @@ NormPlacement = Literal["pre", "branch", "sandwich", "post"]
 class BlockConfig(Config):
     """One block: a token mixer, a channel mixer, and how they sit on the residual stream.
 
+    ``cross`` stands between the two and reads a memory: what an encoder made of another text.
+
     norm_placement, with f a mixer: ``pre`` x + f(N(x)) (GPT-2, Llama); ``branch`` x + N(f(x)) (OLMo 2: Walsh
     et al. 2024, equations 1 and 2); ``sandwich`` x + N(f(N(x))) (CogView: Ding et al. 2021; Gemma 2: Gemma Team
     2024, section 2); ``post`` N(x + f(x)), the Transformer of 2017.
     residual_scale multiplies x in every sum (0 removes the residual). ``deepnorm``, for post, stands for Wang et al.
     2022, section 4: alpha = (2 n_layers)^(1/4) there, and values, outputs and the channel mixer's weights start
     (8 n_layers)^(-1/4) times as large. topology ``parallel`` adds both mixers to the same x (GPT-J), with one
-    norm for both if ``shared_norm``.
+    norm for both if ``shared_norm``. ``positions`` is a rotary scheme of this block's own, in place of the model's
+    (Gemma 3: Gemma Team 2025, section 2; ModernBERT: Warner et al. 2024, section 2.1).
     """
 
     mixer: one_of(TOKEN_MIXERS, default="attention") = TOKEN_MIXERS["attention"].Config()  # type: ignore[valid-type]
+    cross: one_of(CROSS_MIXERS) | None = Field(default=None, description="reads a memory")  # type: ignore[valid-type]
     channel: one_of(CHANNEL_MIXERS) | None = CHANNEL_MIXERS["glu"].Config()  # type: ignore[valid-type]
     norm_placement: NormPlacement = "pre"
     topology: Literal["sequential", "parallel"] = "sequential"
     shared_norm: bool = False
     residual_scale: Annotated[float, Field(ge=0)] | Literal["deepnorm"] = 1.0
     dropout: float = Field(default=0.0, ge=0, lt=1, description="on each branch before it is added")
+    positions: one_of(POSITIONS) | None = Field(default=None, description="rope or none; default: the model's")  # type: ignore[valid-type]
 
     @model_validator(mode="after")
     def _possible(self) -> BlockConfig:
@@ -46,6 +51,8 @@ class BlockConfig(Config):
             raise ValueError("shared_norm needs topology parallel and norm_placement pre")
         if self.residual_scale == "deepnorm" and self.norm_placement != "post":
             raise ValueError("residual_scale deepnorm is made for norm_placement post")
+        if self.positions is not None and not component(POSITIONS, self.positions.kind).rotates_only():
+            raise ValueError(f"positions {self.positions.kind} are the whole model's; a block's own are rope or none")
         return self
 
 
@@ -79,6 +86,8 @@ class Block(nn.Module):
         deep = config.residual_scale == "deepnorm"
         self.residual_scale: float = (2 * dims.n_layers) ** 0.25 if deep else config.residual_scale  # type: ignore[assignment]
         mixers = {"mixer": component(TOKEN_MIXERS, config.mixer.kind)(config.mixer, dims)}  # type: ignore[attr-defined]
+        if config.cross is not None:
+            mixers["cross"] = component(CROSS_MIXERS, config.cross.kind)(config.cross, dims)  # type: ignore[attr-defined]
         if config.channel is not None:
             mixers["channel"] = component(CHANNEL_MIXERS, config.channel.kind)(config.channel, dims)  # type: ignore[attr-defined]
         self.layers = nn.ModuleDict(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,29 +14,32 @@ from torch import Tensor, nn
 
 from octavo.errors import UnsupportedError
 from octavo.models.block import Block, BlockConfig, add_up
+from octavo.models.heads import Classes, ClassesConfig, HeadTransform, TransformConfig
 from octavo.models.multi_token import MultiToken, MultiTokenConfig, looking_ahead
-from octavo.nn.contracts import Aux, Capabilities, Context, Dims, Head, Heads, Inputs, Mixer, Outputs
+from octavo.nn.contracts import Aux, Capabilities, Context, Dims, Head, Heads, Inputs, Memory, Mixer, Outputs
 from octavo.nn.norm import RMSNorm
-from octavo.nn.position import PositionDims
+from octavo.nn.position import PositionDims, Positions
 from octavo.nn.projection import Embedding, InitConfig, Projection, initialise
 from octavo.nn.rope import RotaryPositions
 from octavo.nn.state import ContiguousState, State, StateSpec, place
 from octavo.nn.tables import NORMS, POSITIONS, TOKEN_MIXERS
-from octavo.schema import Config, component, one_of
+from octavo.schema import Config, component, load_object, one_of
 
-NEEDS = ("logits", "hidden", "hidden_states", "attention", "head", "multi_token")
+NEEDS = ("logits", "hidden", "hidden_states", "attention", "cross_attention", "head", "multi_token", "classes")
 
 
 class Decoder(nn.Module):
     """A causal language model of any pattern of blocks.
 
-    ``pattern`` names blocks and is cycled over ``n_layers``: {local: ..., global: ...} with pattern
-    [local, local, global] is a hybrid. vocab_size comes from the tokenizer where a recipe leaves it out.
-    embed_scale multiplies the token embeddings (sqrt(d_model): Vaswani et al. 2017, section 3.4), embed_norm
-    normalises them (BLOOM: Le Scao et al. 2022, section 3.2.3; nanochat); logit_softcap c keeps logits within (-c, c)
-    by c tanh(logits / c) (Gemma 2: Gemma Team 2024, section 2). All layers of a block named in ``shared`` use one set
-    of weights, each with a state of its own (ALBERT: Lan et al. 2019, section 3.1). multi_token adds modules that
-    predict further tokens.
+    ``pattern`` names blocks and is cycled over ``n_layers``: {local: ..., global: ...} with pattern [local, local,
+    global] is a hybrid. vocab_size comes from the tokenizer where a recipe leaves it out. embed_scale multiplies the
+    token embeddings (sqrt(d_model): Vaswani et al. 2017, section 3.4), n_token_types adds one vector for each kind of
+    token (BERT: Devlin et al. 2019, section 3), and embed_norm normalises what enters the first block, positions
+    included (BERT; BLOOM: Le Scao et al. 2022, section 3.2.3; nanochat); logit_scale multiplies what the head reads
+    (T5: Raffel et al. 2020, its code); logit_softcap c keeps logits within (-c, c) by c tanh(logits / c) (Gemma 2:
+    Gemma Team 2024, section 2). All layers of a block named in ``shared`` use one set of weights, each with a state of
+    its own (ALBERT: Lan et al. 2019, section 3.1). multi_token adds modules that predict further tokens, classes a head
+    for texts or tokens; head_transform stands before the logits (BERT).
     """
 
     class Config(Config):
@@ -48,6 +52,8 @@ class Decoder(nn.Module):
         pattern: tuple[str, ...] | None = None
         shared: tuple[str, ...] = Field(default=(), description="blocks whose layers have the same weights")
         multi_token: MultiTokenConfig | None = None
+        classes: ClassesConfig | None = None
+        head_transform: TransformConfig | None = None
         norm: one_of(NORMS) = RMSNorm.Config()  # type: ignore[valid-type]
         positions: one_of(POSITIONS) = RotaryPositions.Config()  # type: ignore[valid-type]
         causal: bool = Field(default=True, description="false: every token reads the whole document")
@@ -56,6 +62,8 @@ class Decoder(nn.Module):
         head_bias: bool = False
         embed_scale: float = Field(default=1.0, gt=0)
         embed_norm: bool = False
+        logit_scale: float = Field(default=1.0, gt=0, description="on what the head reads")
+        n_token_types: int | None = Field(default=None, ge=1, description="segments of a text: BERT has 2")
         logit_softcap: float | None = Field(default=None, gt=0, description="bound of the logits, by tanh")
         embed_dropout: float = Field(default=0.0, ge=0, lt=1)
         padding_id: int | None = Field(default=None, ge=0, description="this row of the embedding gets no gradient")
@@ -72,33 +80,46 @@ class Decoder(nn.Module):
                 raise ValueError(
                     f"shared and multi_token name unknown blocks {unknown}; there is {sorted(self.blocks)}"
                 )
-            widths = {heads.rotary_width for heads in self.heads() if heads.rotary_width}
-            for width in widths if self.positions.kind == "rope" else ():
-                self.positions.check(width)
+            for scheme in self.schemes():
+                for dims in self.position_dims(scheme) if scheme.kind == "rope" and self.heads(scheme) else ():
+                    scheme.check(dims.head_dim)
+            if self.classes and self.causal and self.classes.over == "sequence" and self.classes.pooling == "first":
+                raise ValueError("classes.pooling first reads a token that has seen nothing else; use last or mean")
             if self.padding_id is not None and self.vocab_size is not None and self.padding_id >= self.vocab_size:
                 raise ValueError(f"padding_id = {self.padding_id} must be below vocab_size = {self.vocab_size}")
             return self
 
-        def heads(self) -> list[Heads]:
-            """The heads of the blocks that have any.
+        def schemes(self) -> list[Any]:
+            """Every position scheme there is: the model's, then those that blocks have for themselves."""
+            found = [self.positions]
+            for block in self.blocks.values():
+                found += [block.positions] if block.positions is not None and block.positions not in found else []
+            return found
+
+        def heads(self, scheme: Any = None) -> list[Heads]:
+            """The heads of the blocks that have any, or of those that a position scheme serves.
 
             Raises:
                 ValueError: a block whose heads do not fit d_model.
             """
             found = []
             for name, block in self.blocks.items():
+                if scheme is not None and (block.positions or self.positions) != scheme:
+                    continue
                 try:
                     found.append(component(TOKEN_MIXERS, block.mixer.kind).heads(block.mixer, self.d_model))
                 except ValueError as error:
                     raise ValueError(f"blocks.{name}.mixer.{error}") from None
             return [heads for heads in found if heads is not None]
 
-        def position_dims(self) -> list[PositionDims]:
-            """What the position scheme is told: once, or once for each width of what is rotated."""
-            numbers = {heads.n_heads for heads in self.heads()}
+        def position_dims(self, scheme: Any = None) -> list[PositionDims]:
+            """What a position scheme, by default the model's, is told: once, or once for each width that is rotated."""
+            scheme = scheme or self.positions
+            served = self.heads(scheme)
+            numbers = {heads.n_heads for heads in served}
             n_heads = numbers.pop() if len(numbers) == 1 else None
-            widths = list(dict.fromkeys(heads.rotary_width for heads in self.heads() if heads.rotary_width))
-            rotated = widths if self.positions.kind == "rope" else widths[:1]
+            widths = list(dict.fromkeys(heads.rotary_width for heads in served if heads.rotary_width))
+            rotated = widths if scheme.kind == "rope" else widths[:1]
             return [PositionDims(self.d_model, w, self.max_seq_len, n_heads) for w in rotated or [self.d_model]]
 
         def layer_names(self) -> list[str]:
@@ -112,6 +133,7 @@ class Decoder(nn.Module):
         self.config, D, V = config, config.d_model, config.vocab_size
         self.vocab_size, self.max_seq_len = V, config.max_seq_len
         self.embed = Embedding(V, D, "embed", padding_id=config.padding_id)
+        self.token_types = Embedding(config.n_token_types, D, "embed") if config.n_token_types else None
         self.use_positions(config)
         # Layers of a shared block are its first layer again: the place in ``blocks`` of what each layer uses.
         names, self.uses = config.layer_names(), list[int]()
@@ -127,6 +149,8 @@ class Decoder(nn.Module):
         self.norm = norm(config.norm, D) if config.final_norm else nn.Identity()
         self.head = None if config.tie_embeddings else Projection(D, V, "head", bias=config.head_bias)
         self.head_bias = nn.Parameter(torch.zeros(V)) if config.tie_embeddings and config.head_bias else None
+        self.head_transform = HeadTransform(config.head_transform, config.norm, D) if config.head_transform else None
+        self.classes = Classes(config.classes, config.norm, D) if config.classes else None
         wanted = config.multi_token
         further = config.blocks[(wanted.block if wanted else None) or names[-1]]
         modules = range(wanted.n_modules if wanted else 0)
@@ -137,11 +161,14 @@ class Decoder(nn.Module):
             initialise(self, config.init, config.n_layers, generator)
 
     def use_positions(self, config: Decoder.Config) -> None:
-        """Make the position schemes of ``config``: one, and for further head widths another rotary table each."""
-        make = component(POSITIONS, config.positions.kind)
-        self.positions, *others = (make(config.positions, dims) for dims in config.position_dims())
-        widths = [dims.head_dim for dims in config.position_dims()]
-        self.rotary = dict(zip(widths, (self.positions, *others), strict=True))
+        """Make the position schemes of ``config``: for each the rotary tables by head width, the model's first."""
+        schemes = config.schemes()
+        self.rotary: list[dict[int, Positions]] = []
+        for scheme in schemes:
+            make = component(POSITIONS, scheme.kind)
+            self.rotary.append({dims.head_dim: make(scheme, dims) for dims in config.position_dims(scheme)})
+        self.positions = next(iter(self.rotary[0].values()))
+        self.turns = {n: schemes.index(block.positions or config.positions) for n, block in config.blocks.items()}
 
     def forward(self, inputs: Inputs, state: State | None = None, needs: Iterable[str] = ("logits",)) -> Outputs:
         """Run the model over ``inputs.tokens`` (B, T); see ``Outputs`` for what can be asked for.
@@ -162,69 +189,117 @@ class Decoder(nn.Module):
             raise UnsupportedError(f"{name} cannot keep packed documents apart", fix="give one a row")
         inputs, moved = inputs.with_padding_last()
         ctx = state.begin(inputs) if state is not None else place(inputs)[0]
-        ctx.record, ctx.causal = needs & {"attention"}, self.config.causal
+        ctx.record, ctx.causal = needs & {"attention", "cross_attention"}, self.config.causal
+        ctx.memory = self._checked(inputs.memory, inputs.tokens.shape[0])
         self._check_length(inputs.tokens.shape[1], ctx.positions)
-        ctx.rotations = {width: scheme.rotation(ctx.positions) for width, scheme in self.rotary.items()}
-        ctx.bias = self.positions.bias if self.positions.biased else None
-        embedded = self._embedded(inputs.tokens)
+        contexts = self._contexts(ctx)
+        embedded = self._embedded(inputs)
         x = self.positions.embed(embedded, ctx.positions)
+        x = self.embed_norm(x) if self.embed_norm is not None else x
         x = F.dropout(x, self.config.embed_dropout, self.training)
         states, aux = [x], {}
-        x, aux = self._stack(x, ctx, state, states if "hidden_states" in needs else None)
+        x, aux = self._stack(x, contexts, state, states if "hidden_states" in needs else None)
         hidden, maps = self.norm(x), tuple(ctx.recorded.get("attention", ()))
+        crossed = tuple(ctx.recorded.get("cross_attention", ()))
         further: list[Tensor] = []
         if "multi_token" in needs:
-            further, aux = self._further(hidden, embedded, ctx, state, aux)
+            further, aux = self._further(hidden, embedded, contexts, state, aux)
+        classes = self._classes(hidden, ctx, state) if "classes" in needs else None
+        if classes is not None and classes.ndim == 3 and moved is not None:
+            classes = classes.gather(1, moved[:, :, None].expand_as(classes))
         if moved is not None:  # padding back to where it was
             hidden, *rest = (h.gather(1, moved[:, :, None].expand_as(h)) for h in (hidden, *states, *further))
             states, further = rest[: len(states)], rest[len(states) :]
             maps = tuple(_move_back(weights, moved, both=state is None) for weights in maps)
+            crossed = tuple(_move_back(weights, moved, both=False) for weights in crossed)
         return Outputs(
             logits=self.logits(hidden) if "logits" in needs else None,
             hidden=hidden if "hidden" in needs else None,
             hidden_states=(*states[:-1], hidden) if "hidden_states" in needs else None,
             attention=maps if "attention" in needs else None,
+            cross_attention=crossed if "cross_attention" in needs else None,
             head=self.output_head() if "head" in needs else None,
             multi_token=tuple(further) if "multi_token" in needs else None,
+            classes=classes,
             aux=aux,
         )
 
+    def _checked(self, memory: Memory | None, rows: int) -> Memory | None:
+        """A memory that fits the rows, and is read."""
+        if memory is None:
+            return None
+        if not any(block.config.cross for block in self.stack()):
+            raise UnsupportedError("no block of this model reads a memory", fix="give its blocks a cross mixer")
+        if len(memory.hidden) != rows:
+            raise UnsupportedError(f"a memory of {len(memory.hidden)} rows for {rows} rows of text", fix="give one each")
+        return memory
+
     def _unable(self, promise: str) -> str:
         """The first mixer that does not promise something, by name."""
+        if promise == "incremental" and not self.config.causal:
+            return "a model that reads both ways"
         unable = (n for n, mixer in self.mixers().items() if not getattr(mixer.capabilities, promise))
         name = next(unable, None)
         return f"{type(self.mixers()[name]).__name__} ({name})" if name else ""
 
-    def _embedded(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens)
+    def _embedded(self, inputs: Inputs) -> Tensor:
+        x = self.embed(inputs.tokens)
         if self.config.embed_scale != 1:  # rounded to the stream's dtype first, as checkpoints were trained
             x = x * torch.full((), self.config.embed_scale, dtype=x.dtype, device=x.device)
-        return self.embed_norm(x) if self.embed_norm is not None else x
+        if self.token_types is not None:
+            types = inputs.token_types
+            x = x + self.token_types(torch.zeros_like(inputs.tokens) if types is None else types)
+        elif inputs.token_types is not None:
+            raise UnsupportedError("the model has no token types", fix="leave token_types out, or set n_token_types")
+        return x
 
-    def _stack(self, x: Tensor, ctx: Context, state: State | None, keep: list[Tensor] | None) -> tuple[Tensor, Aux]:
+    def _contexts(self, ctx: Context) -> dict[str, Context]:
+        """The context of each block: one for every position scheme, which share all but what the scheme gives."""
+        ctx.bias = self.positions.bias if self.positions.biased else None
+        found = [ctx, *(replace(ctx, bias=None) for _ in self.rotary[1:])]
+        for own, tables in zip(found, self.rotary, strict=True):
+            own.rotations = {width: scheme.rotation(ctx.positions) for width, scheme in tables.items()}
+        return {name: found[i] for name, i in self.turns.items()}
+
+    def _stack(
+        self, x: Tensor, contexts: dict[str, Context], state: State | None, keep: list[Tensor] | None
+    ) -> tuple[Tensor, Aux]:
         aux: Aux = {}
-        for depth, block in enumerate(self.stack()):
-            x, new = block(x, ctx, state, depth)
+        for depth, (name, block) in enumerate(zip(self.config.layer_names(), self.stack(), strict=True)):
+            x, new = block(x, contexts[name], state, depth)
             add_up(aux, new)
             if keep is not None:
                 keep.append(x)
         return x, aux
 
     def _further(
-        self, hidden: Tensor, embedded: Tensor, ctx: Context, state: State | None, aux: Aux
+        self, hidden: Tensor, embedded: Tensor, contexts: dict[str, Context], state: State | None, aux: Aux
     ) -> tuple[list[Tensor], Aux]:
-        """What each module of multi-token prediction gives to the head, (B, T, D) each."""
+        """What each module of multi-token prediction gives to the head, (B, T, D) each.
+
+        They read token embeddings before positions and embed_norm: each has a norm of its own for them.
+        """
         if state is not None:
             raise UnsupportedError("multi_token is an output of whole texts", fix="ask for it without a state")
-        normed = []
+        wanted, normed = self.config.multi_token, []
+        ctx = contexts[(wanted.block if wanted else None) or self.config.layer_names()[-1]]
         for by, module in enumerate(self.multi_token, 1):
             hidden, ready, new = module(hidden, looking_ahead(embedded, by), ctx)
             normed.append(ready)
             add_up(aux, new)
         return normed, aux
 
+    def _classes(self, hidden: Tensor, ctx: Context, state: State | None) -> Tensor:
+        if self.classes is None:
+            raise UnsupportedError("the model has no classes", fix="set model.classes, or ask for another output")
+        if state is not None:
+            raise UnsupportedError("classes are an output of whole texts", fix="ask for them without a state")
+        return self.classes(hidden, ctx)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """The language-model head on normed hidden states (..., D): (..., V)."""
+        transform = self._before_head()
+        hidden = hidden if transform is None else transform(hidden)
         if self.head is not None:
             logits = self.head(hidden)
         else:
@@ -234,9 +309,18 @@ class Decoder(nn.Module):
 
     def output_head(self) -> Head:
         """The weights behind ``logits``."""
+        transform, cap = self._before_head(), self.config.logit_softcap
         if self.head is not None:
-            return Head(self.head.weight, self.head.bias, self.config.logit_softcap)
-        return Head(self.embed.weight, self.head_bias, self.config.logit_softcap)
+            return Head(self.head.weight, self.head.bias, cap, transform)
+        return Head(self.embed.weight, self.head_bias, cap, transform)
+
+    def _before_head(self) -> Callable[[Tensor], Tensor] | None:
+        """What is done to hidden states before the product of the head."""
+        scale = self.config.logit_scale
+        if scale == 1:
+            return self.head_transform
+        inner = self.head_transform or nn.Identity()
+        return lambda hidden: inner(hidden) * scale
 
     def _check_length(self, n_new: int, positions: Tensor) -> None:
         limit = self.positions.max_positions
@@ -261,7 +345,7 @@ class Decoder(nn.Module):
         return {name: mixer.state_spec() for name, mixer in self.mixers().items()}
 
     def mixers(self) -> dict[str, Mixer]:
-        """Every layer's mixers by the name of their state, ``depth.mixer`` or ``depth.channel``."""
+        """Every layer's mixers by the name of their state, ``depth.mixer``, ``.cross`` or ``.channel``."""
         layers = enumerate(self.stack())
         return {f"{depth}.{name}": layer.mixer for depth, block in layers for name, layer in block.sub_layers()}
 
@@ -273,7 +357,8 @@ class Decoder(nn.Module):
     def capabilities(self) -> Capabilities:
         """What all mixers promise together."""
         all_of = [mixer.capabilities for mixer in self.mixers().values()]
-        return Capabilities(**{f: all(getattr(c, f) for c in all_of) for f in Capabilities.__dataclass_fields__})
+        together = {f: all(getattr(c, f) for c in all_of) for f in Capabilities.__dataclass_fields__}
+        return Capabilities(**together | ({} if self.config.causal else {"causal": False, "incremental": False}))
 
 
 def _move_back(weights: Tensor, moved: Tensor, *, both: bool) -> Tensor:
@@ -282,10 +367,8 @@ def _move_back(weights: Tensor, moved: Tensor, *, both: bool) -> Tensor:
     return weights.gather(3, moved[:, None, None, :].expand_as(weights)) if both else weights
 
 
-MODELS: dict[str, type[Decoder]] = {"decoder": Decoder}
-
-
-def build(config: Config, *, seed: int = 0, device: str = "cpu") -> Decoder:
+def build(config: Config, *, seed: int = 0, device: str = "cpu") -> Any:
     """A model with freshly initialised weights; ``device="meta"`` makes one without any, for counting."""
+    cls = load_object(f"{type(config).__module__}:{type(config).__qualname__.removesuffix('.Config')}")
     with torch.device(device):
-        return component(MODELS, config.kind)(config, torch.Generator("cpu").manual_seed(seed))  # type: ignore[attr-defined]
+        return cls(config, torch.Generator("cpu").manual_seed(seed))

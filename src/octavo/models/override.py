@@ -13,6 +13,7 @@ def set_rope_scaling(model: Decoder, scaling: Config | None) -> None:
 
     Args:
         model: with rotary positions. Its configuration says the new scaling too, so that it is saved with it.
+            Blocks that have positions of their own keep them.
         scaling: the ``Config`` of one of ROPE_SCALINGS (nn/rope_scaling.py). Where it says no ``original``, the
             model's max_seq_len is meant, which stays as it is: rotary tables do not end.
 
@@ -27,11 +28,10 @@ def set_rope_scaling(model: Decoder, scaling: Config | None) -> None:
             f"the model has positions {positions.kind}, nothing turns in it", fix="use a model with positions rope"
         )
     changed = positions.model_copy(update={"scaling": scaling})
-    for heads in model.config.heads():
-        if heads.rotary_width:
-            try:
-                changed.check(heads.rotary_width)
-            except ValueError as error:
-                raise UnsupportedError(str(error), fix="use another scaling") from None
+    for dims in model.config.position_dims() if model.config.heads(positions) else ():
+        try:
+            changed.check(dims.head_dim)
+        except ValueError as error:
+            raise UnsupportedError(str(error), fix="use another scaling") from None
     model.config = model.config.model_copy(update={"positions": changed})
     model.use_positions(model.config)

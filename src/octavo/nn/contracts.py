@@ -57,17 +57,29 @@ class Keys(NamedTuple):
     doc_ids: Tensor
 
 
+class Memory(NamedTuple):
+    """What cross-attention reads beside a text: ``hidden`` (B, S, D), ``valid`` (B, S), False on padding anywhere.
+
+    ``doc_ids`` (B, S), for packed rows: a token reads the memory of its own document alone. Without them every
+    document of a row reads all of the row's memory.
+    """
+
+    hidden: Tensor
+    valid: Tensor
+    doc_ids: Tensor | None = None
+
+
 @dataclass
 class Context:
     """What every layer may know about the tokens; built once per forward by the backbone.
 
-    positions (B, T) feed rotary tables and biases; slots (B, T) count the valid tokens of a row and order
-    them (the two differ in packed rows, where positions restart); doc_ids (B, T); valid (B, T) is False on
-    padding; starts (B, T) is True where a token begins another document than the valid token before it, the
-    one place where a recurrence resets. Padding stands at the end of each row, whatever the inputs were.
-    ``plain`` says that nothing is packed, padded or cached, so that a causal flag can stand for the mask;
-    without ``restarts`` no document begins but at a row's first token. ``causal`` is False in a model that reads
-    both ways. ``rotations`` by head width and ``bias`` are what the position scheme gives to attention.
+    positions (B, T) feed rotary tables and biases; slots (B, T) count the valid tokens of a row and order them (the two
+    differ in packed rows, where positions restart); doc_ids (B, T); valid (B, T) is False on padding; starts (B, T) is
+    True where a token begins another document than the valid token before it, the one place where a recurrence resets.
+    Padding stands at the end of each row, whatever the inputs were. ``plain`` says that nothing is packed, padded or
+    cached, so that a causal flag can stand for the mask; without ``restarts`` no document begins but at a row's first
+    token. ``causal`` is False in a model that reads both ways. ``memory`` is there where this pass brings one.
+    ``rotations`` by head width and ``bias`` are what the position scheme gives to attention.
     """
 
     positions: Tensor
@@ -79,6 +91,7 @@ class Context:
     keys: Keys
     restarts: bool = True
     causal: bool = True
+    memory: Memory | None = None
     rotations: Mapping[int, Rotation | None] = field(default_factory=dict)
     bias: Callable[[Context, Keys], Tensor] | None = None
     record: frozenset[str] = frozenset()
@@ -144,7 +157,12 @@ class Inputs:
 
     tokens (B, T) int64. Optional: valid (B, T) bool, False on padding, on either side; doc_ids (B, T) for
     packed rows, another for each document of a row; positions (B, T), by default counted from each
-    document's start. ``padding`` "end" is the caller's word that padding stands at the end of every row.
+    document's start; token_types (B, T), by default 0, where the model has types. ``padding`` "end" is the caller's
+    word that padding stands at the end of every row.
+
+    For models that read something beside their text: ``memory``, or for an encoder-decoder the ``source`` (B, S)
+    that it makes one of, source_valid (B, S) and, for packed rows, source_doc_ids (B, S). With a state it is given
+    with the first tokens only.
     """
 
     tokens: Tensor
@@ -152,45 +170,58 @@ class Inputs:
     doc_ids: Tensor | None = None
     positions: Tensor | None = None
     padding: Literal["anywhere", "end"] = "anywhere"
+    token_types: Tensor | None = None
+    memory: Memory | None = None
+    source: Tensor | None = None
+    source_valid: Tensor | None = None
+    source_doc_ids: Tensor | None = None
 
     def with_padding_last(self) -> tuple[Inputs, Tensor | None]:
         """The same rows with padding moved to the end, and where each token went, (B, T); None if nothing moved."""
         if self.valid is None or self.padding == "end":
             return self, None
         order = (~self.valid).byte().argsort(dim=1, stable=True)
-        named = (None if t is None else t.gather(1, order) for t in (self.valid, self.doc_ids, self.positions))
-        return Inputs(self.tokens.gather(1, order), *named, padding="end"), order.argsort(1)
+        names = ("valid", "doc_ids", "positions", "token_types")
+        moved = {name: t.gather(1, order) for name in names if (t := getattr(self, name)) is not None}
+        return Inputs(self.tokens.gather(1, order), **moved, padding="end", memory=self.memory), order.argsort(1)
 
 
 class Head(NamedTuple):
-    """How hidden states become logits: ``softcap(hidden weight^T + bias)``, weight (V, D), bias (V,).
+    """How hidden states become logits: ``softcap(transform(hidden) weight^T + bias)``, weight (V, D), bias (V,).
 
-    softcap c stands for ``c tanh(logits / c)`` (Gemma Team 2024, section 2).
+    softcap c stands for ``c tanh(logits / c)`` (Gemma Team 2024, section 2); transform is the identity where None.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     softcap: float | None = None
+    transform: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass
 class Outputs:
     """What a forward pass was asked for; the rest is None.
 
-    logits (B, T, V). hidden (B, T, D): the normed last hidden state. hidden_states: the embedding output,
-    the output of layers 1 to n-1, and the normed last, n+1 tensors. attention: one (B, H, T, S) per
-    attention layer. head: what makes logits of ``hidden``, for a loss that never holds them all. multi_token: one
-    (B, T, D) per module, read by the same head, whose token t foretells the token after the next k. aux: figures by
-    name, each a sum over valid tokens, added up over layers: those whose name begins with ``loss.`` belong to what
-    is trained on, the others (without gradient) to the metrics.
+    logits (B, T, V). hidden (B, T, D): the normed last hidden state. hidden_states: the embedding output, the output of
+    layers 1 to n-1, and the normed last, n+1 tensors. attention: one (B, H, T, S) per attention layer; cross_attention:
+    one (B, H, T, S) per layer that reads a memory. encoder_hidden_states and encoder_attention: the same of an
+    encoder-decoder's other half. head: what makes logits of ``hidden``, for a loss that never holds them all.
+    multi_token: one (B, T, D) per module, read by the same head, whose token t foretells the token after the next k.
+    classes: (B, C) of a text or (B, T, C) of its tokens, by the head of that name. aux: figures by name, each a sum
+    over valid tokens, added up over layers: those whose name begins with ``loss.`` belong to what is trained on, the
+    others (without gradient) to the metrics.
     """
 
     logits: Tensor | None = None
     hidden: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attention: tuple[Tensor, ...] | None = None
+    cross_attention: tuple[Tensor, ...] | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    encoder_attention: tuple[Tensor, ...] | None = None
     head: Head | None = None
     multi_token: tuple[Tensor, ...] | None = None
+    classes: Tensor | None = None
     aux: Aux = field(default_factory=dict)
 
 

@@ -7,7 +7,6 @@ rotation. Relative positions that have weights in every layer are mixers, in nn/
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -58,16 +57,16 @@ class Rotation:
         return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
 
 
-class Positions(nn.Module, ABC):
-    """The contract of a position scheme: built once for the model, asked once a forward."""
+class Positions(nn.Module):
+    """The contract of a position scheme: built once for the model, asked once a forward. By itself it does nothing."""
 
     max_positions: int | None = None  # a hard limit, where a table ends
     biased = False  # whether ``bias`` is to be asked
     beyond = "shorten the text or use rope"  # the way out for a text beyond it
 
-    @abstractmethod
     def embed(self, x: Tensor, positions: Tensor) -> Tensor:
         """What enters the first block: x (B, T, D) with or without something added."""
+        return x
 
     def rotation(self, positions: Tensor) -> Rotation | None:
         """The rotation for positions (B, T), or None."""
@@ -80,6 +79,11 @@ class Positions(nn.Module, ABC):
     def predicted_parameters(self) -> int:
         return 0
 
+    @classmethod
+    def rotates_only(cls) -> bool:
+        """Whether a block may have it for itself: what is added to embeddings or scores is the whole model's."""
+        return cls.embed is Positions.embed and not cls.biased
+
 
 class NoPositions(Positions):
     """``x``: nothing added, nothing turned. A causal model still sees order through its mask."""
@@ -90,26 +94,25 @@ class NoPositions(Positions):
     def __init__(self, config: NoPositions.Config, dims: PositionDims):
         super().__init__()
 
-    def embed(self, x: Tensor, positions: Tensor) -> Tensor:
-        return x
-
 
 class LearnedPositions(Positions):
-    """``x_t + E[t]``: one trained vector a position, added to the token's (GPT-2, BERT); ends hard at max_seq_len.
+    """``x_t + E[t + offset]``: one trained vector a position, added to the token's (GPT-2, BERT); ends hard.
 
+    There are max_seq_len positions, and ``offset`` rows before the first that are not used (RoBERTa and BART: 2).
     Source: Gehring et al. 2017, section 3.1; Radford et al. 2018, section 3.1.
     """
 
     class Config(Config):
         kind: Literal["learned"] = "learned"
+        offset: int = Field(default=0, ge=0, description="rows of the table before that of position 0")
 
     def __init__(self, config: LearnedPositions.Config, dims: PositionDims):
         super().__init__()
-        self.max_positions = dims.max_seq_len
-        self.table = Embedding(dims.max_seq_len, dims.d_model, "position")
+        self.max_positions, self.offset = dims.max_seq_len, config.offset
+        self.table = Embedding(dims.max_seq_len + config.offset, dims.d_model, "position")
 
     def embed(self, x: Tensor, positions: Tensor) -> Tensor:
-        return x + self.table(positions)
+        return x + self.table(positions + self.offset)
 
     def predicted_parameters(self) -> int:
         return self.table.n * self.table.d

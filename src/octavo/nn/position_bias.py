@@ -6,10 +6,11 @@ Distances are counted in slots, so that a cache, padding and packed documents ch
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -25,7 +26,7 @@ def behind(ctx: Context, keys: Keys) -> Tensor:
     return ctx.slots[:, :, None] - keys.slots[:, None, :]
 
 
-class _Biased(Positions):
+class _Biased(Positions, ABC):
     biased = True
 
     def __init__(self, kind: str, dims: PositionDims):
@@ -36,9 +37,6 @@ class _Biased(Positions):
                 fix="give all attention the same n_heads, or use rope",
             )
         self.n_heads = dims.n_heads
-
-    def embed(self, x: Tensor, positions: Tensor) -> Tensor:
-        return x
 
     @abstractmethod
     def bias(self, ctx: Context, keys: Keys) -> Tensor: ...
@@ -60,21 +58,34 @@ class AlibiPositions(_Biased):
     """``s_ij + (-m_h |i - j|)``: what is added to the scaled score of query i and key j in head h.
 
     Slopes m are fixed, see ``alibi_slopes``; no parameters, no limit of length. In a model that reads both ways
-    distance counts on both sides. Source: Press et al. 2021, section 3.
+    distance counts on both sides. Source: Press et al. 2021, section 3. ``rounding`` bfloat16 adds ``m_h j`` instead,
+    j the key's place in its document, with m, j and their product rounded so: what Falcon's code does.
     """
 
     class Config(Config):
         kind: Literal["alibi"] = "alibi"
+        scale: float = Field(default=1.0, gt=0, description="of the slopes; Falcon: head_dim ** -0.5")
+        rounding: Literal["none", "bfloat16"] = "none"
 
     def __init__(self, config: AlibiPositions.Config, dims: PositionDims):
         super().__init__(config.kind, dims)
         # A plain attribute, not a buffer: casting the model to 16 bits must not round the slopes.
         with torch.device("cpu"):
             self.slopes = alibi_slopes(self.n_heads)
+        self.scale, self.rounded = config.scale, config.rounding == "bfloat16"
 
     def bias(self, ctx: Context, keys: Keys) -> Tensor:
+        if self.rounded:
+            slopes = self.slopes.to(keys.slots.device).bfloat16()[:, None, None]
+            return (slopes * places(keys)[:, None, None]).float() * self.scale
         distance = behind(ctx, keys).abs().float()
-        return -self.slopes.to(distance.device)[:, None, None] * distance[:, None]
+        return -self.scale * self.slopes.to(distance.device)[:, None, None] * distance[:, None]
+
+
+def places(keys: Keys) -> Tensor:
+    """The place of each key in its document, (B, S), of keys in the order of the text."""
+    begins = F.pad(keys.doc_ids[:, 1:] != keys.doc_ids[:, :-1], (1, 0))
+    return keys.slots - torch.where(begins, keys.slots, 0).cummax(1).values
 
 
 class T5Positions(_Biased):

@@ -60,9 +60,6 @@ class RotaryPositions(Positions):
             return self.scaling.frequencies(self.dim, self.config.theta)
         return rope_frequencies(self.dim, self.config.theta)
 
-    def embed(self, x: Tensor, positions: Tensor) -> Tensor:
-        return x
-
     def rotation(self, positions: Tensor) -> Rotation:
         if self.scaling is not None and self.scaling.by_length:
             return self._by_query(positions)

@@ -24,11 +24,12 @@ def head_loss(
 
     Args:
         hidden: (N, D), what the head reads.
-        head: weight (V, D), bias (V,) or None, and the cap of the logits.
+        head: weight (V, D), bias (V,) or None, the cap of the logits, and what is done to ``hidden`` first.
         targets: (N,) int64.
         weights: (N,) float32; tokens of weight 0 cost nothing.
         chunk: tokens whose logits exist at a time.
     """
+    hidden = hidden if head.transform is None else head.transform(hidden)
     gradients = torch.is_grad_enabled() and (hidden.requires_grad or head.weight.requires_grad)
     softcap = head.softcap or 0.0
     return _forward(hidden, head.weight, head.bias, targets, weights, softcap, z_loss, chunk, gradients)[0]

@@ -138,7 +138,7 @@ def test_capped_logits_are_bent_after_the_head_and_the_bound_holds(tied):
     capped.load_state_dict(free.state_dict())
     wanted = free(Inputs(some_tokens())).logits
     got = capped(Inputs(some_tokens()), needs=("logits", "hidden", "head"))
-    weight, bias, cap = got.head  # for a loss that never holds all logits
+    weight, bias, cap, _ = got.head  # for a loss that never holds all logits
     torch.testing.assert_close(cap * torch.tanh(F.linear(got.hidden, weight, bias) / cap), got.logits, rtol=0, atol=0)
     torch.testing.assert_close(got.logits, 0.5 * torch.tanh(wanted / 0.5), rtol=0, atol=1e-12)
     assert float(wanted.abs().max()) > 0.5 > float(got.logits.abs().max())

@@ -106,6 +106,6 @@ def test_layers_may_rotate_heads_of_different_widths():
     wide, narrow = {"kind": "attention", "n_heads": 2}, {"kind": "attention", "n_heads": 4}
     both = config(2, blocks={"wide": {"mixer": wide}, "narrow": {"mixer": narrow}})
     model = build(both)
-    assert sorted(model.rotary) == [4, 8]
+    assert sorted(model.rotary[0]) == [4, 8]
     wrong = [str(result) for result in laws.check(both) if not result.ok]
     assert not wrong
