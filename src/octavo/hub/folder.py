@@ -15,7 +15,9 @@ from torch import Tensor
 from octavo.errors import CheckpointError, ConfigError, did_you_mean
 from octavo.files import fsync_path, make_folder, write_json
 from octavo.hub.bamba import Bamba
+from octavo.hub.bart import Bart
 from octavo.hub.bloom import Bloom
+from octavo.hub.deepseek import DeepSeekV2, DeepSeekV3
 from octavo.hub.falcon import Falcon
 from octavo.hub.family import Family
 from octavo.hub.formats import INDEX, PICKLED, WEIGHTS
@@ -28,13 +30,16 @@ from octavo.hub.mamba import Mamba
 from octavo.hub.mamba2 import Mamba2
 from octavo.hub.minimind import MiniMind
 from octavo.hub.mistral import Mistral
+from octavo.hub.mixtral import Mixtral
 from octavo.hub.mpt import Mpt
 from octavo.hub.nanochat import NanoChat
 from octavo.hub.olmo2 import Olmo2
 from octavo.hub.phi import Phi
 from octavo.hub.phi3 import Phi3
 from octavo.hub.qwen import Qwen2, Qwen3
+from octavo.hub.qwen_moe import Qwen2Moe, Qwen3Moe
 from octavo.hub.rwkv import Rwkv
+from octavo.hub.t5 import T5
 from octavo.models.decoder import Decoder, build
 from octavo.models.tables import MODELS
 from octavo.schema import component, no_imports
@@ -45,6 +50,8 @@ FAMILIES: dict[str, Family] = {
     for family in (
         *(Llama(), Qwen2(), Qwen3(), GPT2(), Mistral(), Gemma2(), Olmo2(), Phi3(), MiniMind(), NanoChat()),
         *(GPTNeoX(), Phi(), Bloom(), Mpt(), Falcon(), Mamba(), Mamba2(), Rwkv(), Bamba()),
+        *(Mixtral(), Qwen2Moe(), Qwen3Moe(), DeepSeekV2(), DeepSeekV3()),
+        *(T5(), Bart()),
     )
 }
 NATIVE = "octavo"
@@ -173,8 +180,11 @@ def _from_foreign(
         head = family.head.removesuffix("weight")
         tensors = {name if name.startswith(head) else prefix + name: tensor for name, tensor in tensors.items()}
     left = {n: t for n, t in tensors.items() if not any(re.fullmatch(p, n) for p in family.ignored)}
+    for copy, of in family.copies.items():
+        if copy in left and not torch.equal(tensor := left.pop(copy), left.setdefault(of, tensor)):
+            raise CheckpointError(f"{folder}: {copy} differs from {of}, of which it is a copy", fix="restore the file")
     if config.tie_embeddings and family.head in left:
-        embedding = next(entry.theirs for entry in entries if entry.ours == ("embed.weight",))
+        embedding = next(entry.theirs for entry in entries if entry.ours[0] in ("embed.weight", "decoder.embed.weight"))
         head = left.pop(family.head)
         if embedding in left and not torch.equal(head, left[embedding]):
             raise CheckpointError(
