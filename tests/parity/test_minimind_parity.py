@@ -20,6 +20,7 @@ from octavo.infer.sampling import SamplingConfig
 from octavo.nn.contracts import Inputs
 
 V, D, N, H, G, T = 61, 32, 3, 4, 2, 12
+GLU = ("gate", "up", "down")
 MOE = {"use_moe": False, "num_experts_per_tok": 2, "norm_topk_prob": True}
 COMMON = {"model_type": "minimind", "vocab_size": V, "bos_token_id": 1, "eos_token_id": 2, "dropout": 0.0,
           "flash_attn": True, **MOE}  # fmt: skip
@@ -34,7 +35,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "second": NEW | {"rms_norm_eps": 1e-5, "n_routed_experts": 4, "scoring_func": "softmax"},
     "third": NEW | {"rms_norm_eps": 1e-6, "head_dim": 12, "num_experts": 4},
     "third untied": NEW | {"rms_norm_eps": 1e-6, "head_dim": 8, "tie_word_embeddings": False, "num_experts": 4},
-}
+    "second experts": NEW | {
+        "rms_norm_eps": 1e-5, "use_moe": True, "n_routed_experts": 4, "n_shared_experts": 2, "scoring_func": "softmax",
+        "aux_loss_alpha": 0.1, "seq_aux": True},
+    "second experts, one each": NEW | {
+        "rms_norm_eps": 1e-5, "use_moe": True, "n_routed_experts": 3, "n_shared_experts": 0, "num_experts_per_tok": 1,
+        "scoring_func": "softmax"},
+    "third experts": NEW | {
+        "rms_norm_eps": 1e-6, "head_dim": 12, "use_moe": True, "num_experts": 5, "moe_intermediate_size": 24,
+        "router_aux_loss_coef": 5e-4},
+}  # fmt: skip
 
 
 class Reference:
@@ -50,9 +60,14 @@ class Reference:
         generator = torch.Generator().manual_seed(5)
         self.tensors: dict[str, torch.Tensor] = {}
 
+        self.experts = self.hf.get("num_experts", self.hf.get("n_routed_experts")) if self.hf["use_moe"] else 0
+        self.shared = self.hf.get("n_shared_experts", 0) if self.hf["use_moe"] else 0
+        one = self.hf.get("moe_intermediate_size", width)
+
         def add(key: str, *shape: int) -> None:
             start = 1.0 if "norm" in key else 0.0
-            self.tensors[key] = torch.randn(*shape, generator=generator) * 0.2 + start
+            spread = 0.6 if "mlp.gate.weight" in key else 0.2
+            self.tensors[key] = torch.randn(*shape, generator=generator) * spread + start
 
         names = self.names
         add(names["embed"], V, D)
@@ -60,7 +75,17 @@ class Reference:
             for part, rows, columns in [("q", H * self.K, D), ("k", self.G * self.K, D), ("v", self.G * self.K, D),
                                         ("o", D, H * self.K), ("gate", width, D), ("up", width, D),
                                         ("down", D, width)]:  # fmt: skip
-                add(names[part].format(i), rows, columns)
+                if not self.experts or len(part) == 1:
+                    add(names[part].format(i), rows, columns)
+            root = f"model.layers.{i}.mlp"
+            if self.experts:
+                add(f"{root}.gate.weight", self.experts, D)
+            for mlp, wide in [
+                *((f"{root}.experts.{e}", one) for e in range(self.experts)),
+                *((f"{root}.shared_experts.{e}", width) for e in range(self.shared)),
+            ]:
+                for part, rows, columns in (("gate", wide, D), ("up", wide, D), ("down", D, wide)):
+                    add(f"{mlp}.{part}_proj.weight", rows, columns)
             for part in ("norm1", "norm2"):
                 add(names[part].format(i), D)
             for part in ("q_norm", "k_norm") if self.normed else ():
@@ -122,11 +147,29 @@ class Reference:
                 heads.append(scores.softmax(-1) @ v[:, group])
             x = x + torch.cat(heads, -1) @ self.weight("o", i).T
             h = self.normalise(x, self.weight("norm2", i))
-            inner = F.silu(h @ self.weight("gate", i).T) * (h @ self.weight("up", i).T)
-            x = x + inner @ self.weight("down", i).T
+            x = x + (self.mixture(h, i) if self.experts else self.glu(h, *(self.weight(p, i) for p in GLU)))
             states.append(x)
         states[-1] = self.normalise(x, self.weight("norm"))
         return states[-1] @ self.weight("embed" if self.tied else "head").T, states
+
+    def glu(self, h: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        return (F.silu(h @ gate.T) * (h @ up.T)) @ down.T
+
+    def mixture(self, h: torch.Tensor, layer: int) -> torch.Tensor:
+        """Token by token: the k best of a softmax, weighted by their share of each other; then those for all."""
+        root, k = f"model.layers.{layer}.mlp", self.hf["num_experts_per_tok"]
+        mlps = {name: [self.tensors[f"{root}.{name}.{p}_proj.weight"] for p in GLU]
+                for name in [*(f"experts.{e}" for e in range(self.experts)),
+                             *(f"shared_experts.{e}" for e in range(self.shared))]}  # fmt: skip
+        rows = []
+        for token in h:
+            scores = (self.tensors[f"{root}.gate.weight"] @ token).softmax(-1)
+            best = scores.sort(descending=True).indices[:k].tolist()
+            # The second generation leaves a single score as it is.
+            total = sum(scores[e] for e in best) if self.normed or k > 1 else 1.0
+            y = sum(scores[e] / total * self.glu(token, *mlps[f"experts.{e}"]) for e in best)
+            rows.append(y + sum(self.glu(token, *mlps[f"shared_experts.{e}"]) for e in range(self.shared)))
+        return torch.stack(rows)
 
     def save(self, folder: Path, **changes: Any) -> Path:
         folder.mkdir(exist_ok=True)
@@ -229,14 +272,16 @@ class Bare:
 @pytest.mark.rows("A9")
 @torch.no_grad()
 def test_saved_here_it_loads_there(pair, tmp_path):
-    """The second generation as Llama, the third as Qwen3; the first turns other channels, and stays in our layout."""
+    """The second generation as Llama, the third as Qwen3 or Qwen3-MoE. The first turns other channels, and the second
+    has shared experts of its own kind: they stay in our layout."""
     theirs, ours = pair
     family = save_model(ours, tmp_path / "ours")
     tokens = some_tokens()
     close(load_model(tmp_path / "ours")(Inputs(tokens)).logits, ours(Inputs(tokens)).logits)
-    assert family == ("octavo" if theirs.first else "qwen3" if theirs.normed else "llama")
-    if theirs.first:
+    if theirs.first or (theirs.experts and not theirs.normed):
+        assert family == "octavo"
         return
+    assert family == ("qwen3_moe" if theirs.experts else "qwen3" if theirs.normed else "llama")
     again = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "ours", trust_remote_code=False, dtype=torch.float32
     ).eval()
@@ -293,7 +338,8 @@ def test_the_inner_width_where_none_is_given(tmp_path):
 @pytest.mark.parametrize(
     ("name", "changes", "said"),
     [
-        ("second", {"use_moe": True}, "use_moe = True"),
+        ("second experts", {"scoring_func": "sigmoid"}, "scoring_func = 'sigmoid'"),
+        ("third experts", {"inference_rope_scaling": True}, "inference_rope_scaling = True"),
         ("first", {"use_moe": True}, "use_moe = True"),
         ("third", {"inference_rope_scaling": True}, "inference_rope_scaling = True"),
         ("third", {"rope_scaling": {"type": "yarn", "factor": 16}}, "rope_scaling"),
