@@ -7,7 +7,7 @@ import pytest
 from nltk.lm import KneserNeyInterpolated
 from nltk.util import everygrams
 
-from octavo.models.ngram import NGramCounts
+from octavo.ngrams import NGramCounts
 
 
 @pytest.mark.parametrize("discount", [0.1, 0.75])
@@ -20,7 +20,9 @@ def test_kneser_ney_equals_nltk(order, discount):
     theirs = KneserNeyInterpolated(order, discount=discount)
     theirs.fit([list(everygrams(text, max_len=order)) for text in words], [w for text in words for w in text])
     # nltk leaves the unigram level undiscounted, and its vocabulary has no uniform floor below it.
-    ours = NGramCounts.of(documents, vocab_size, order).model(order, discounts=(0.0, *[discount] * (order - 1)))
+    ours = NGramCounts.of(documents, vocab_size, order).model(
+        order, {"kind": "kneser_ney", "discounts": (0.0, *[discount] * (order - 1))}
+    )
     compared = 0
     for document in [*documents[:3], *[np.concatenate([[0], rng.integers(2, vocab_size, 30), [1]]) for _ in range(3)]]:
         scored = ours.log_probs(document)

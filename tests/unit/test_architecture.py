@@ -23,8 +23,10 @@ MAY_SEE: dict[str, set[str]] = {
     "tokenizer": set(),
     "data": {"tokenizer", "report"},
     "nn": set(),
+    "ngrams": set(),
     "models": {"nn"},
-    "predictors": {"nn"},
+    "predictors": {"nn", "ngrams"},
+    "channel": {"predictors", "tokenizer"},
     "batch": {"nn"},
     "objectives": {"nn", "batch"},
     "explain": {"nn", "models", "laws"},
@@ -32,17 +34,18 @@ MAY_SEE: dict[str, set[str]] = {
     "hub": {"nn", "models", "tokenizer"},
     "training": {"nn", "models", "batch", "objectives", "report"},
     "infer": {"nn", "models", "tokenizer"},
-    "eval": {"nn", "models", "tokenizer", "infer", "report"},
+    "eval": {"ngrams", "nn", "models", "tokenizer", "infer", "report"},
     "serve": {"tokenizer", "infer"},
+    "vectors": {"nn", "tokenizer"},
 }
 # These put the rooms together; only the command line stands above them.
-ASSEMBLY = {"config", "feed", "language_model", "launch", "pipeline", "plan", "repeat"}
+ASSEMBLY = {"comparing", "config", "feed", "language_model", "launch", "pipeline", "plan", "repeat"}
 
 TORCH_FREE = (
     "octavo", "octavo.run", "octavo.schema", "octavo.cli.main",
     "octavo.data.prepare", "octavo.data.shards", "octavo.data.loader", "octavo.data.workers", "octavo.data.chat",
     "octavo.hub.formats", "octavo.hub.gguf", "octavo.hub.llama2c", "octavo.hub.pull",
-    "octavo.tokenizer", "octavo.serve.settings", "octavo.training.progress",
+    "octavo.ngrams", "octavo.tokenizer", "octavo.serve.settings", "octavo.training.progress", "octavo.vectors",
 )  # fmt: skip
 
 
@@ -125,7 +128,7 @@ def torch_at_module_level(source: str) -> bool:
 
 
 def test_rooms_of_text_do_not_import_torch():
-    rooms = FOUNDATION | {"data", "tokenizer", "cli", "report", "run"}
+    rooms = FOUNDATION | {"data", "tokenizer", "ngrams", "cli", "report", "run"}
     found = [str(p) for room, p in modules() if room in rooms and torch_at_module_level(p.read_text(encoding="utf-8"))]
     assert not found
     assert torch_at_module_level("try:\n    import torch.nn\nexcept ImportError:\n    pass\n")

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from octavo.errors import ConfigError, DataError, NumericError
-from octavo.models.ngram import KneserNey, flatten
+from octavo.ngrams.counting import flatten
+from octavo.ngrams.model import NGram
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,7 +144,7 @@ def score_documents(scorer: Scorer, documents: Iterable[np.ndarray], byte_length
     return total
 
 
-def ngram_scorer(model: KneserNey) -> Scorer:
+def ngram_scorer(model: NGram) -> Scorer:
     """The scorer of an n-gram model."""
     return lambda documents: model.score(*flatten(documents))
 

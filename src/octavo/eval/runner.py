@@ -13,7 +13,7 @@ from pydantic import Field
 
 from octavo.eval import answers, metrics
 from octavo.files import write_json
-from octavo.models.ngram import NGramCounts
+from octavo.ngrams.counting import NGramCounts
 from octavo.schema import Config
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def baseline(
     counts = NGramCounts.of(counted, len(lengths), max(config.orders))
     orders = {}
     for order in sorted(set(config.orders)):
-        scorer = metrics.ngram_scorer(counts.model(order, modified=config.modified))
+        scorer = metrics.ngram_scorer(counts.model(order, "modified_kneser_ney" if config.modified else "kneser_ney"))
         orders[str(order)] = metrics.score_documents(scorer, documents, lengths, eos).figures()
     high = {order: figures["bits_per_byte"] for order, figures in orders.items() if int(order) in HIGH_ORDERS}
     return {

@@ -16,7 +16,7 @@ from octavo.eval.metrics import (
     token_byte_lengths,
     windows,
 )
-from octavo.models.ngram import NGramCounts
+from octavo.ngrams.counting import NGramCounts
 
 PAD, BOS, EOS = 0, 1, 2
 
@@ -151,7 +151,7 @@ def test_small_batches_give_the_same_scores(monkeypatch):
 def test_ngram_and_neural_models_are_scored_on_the_same_tokens():
     train, held_out = documents([30] * 20), documents([9, 0, 22], seed=5)
     lengths = np.arange(11)
-    ngram = score_documents(ngram_scorer(NGramCounts.of(train, 11, 3).model(3)), held_out, lengths, EOS)
+    ngram = score_documents(ngram_scorer(NGramCounts.of(train, 11, 3).model(3, "kneser_ney")), held_out, lengths, EOS)
     neural = score_documents(neural_scorer(running_sum_logits, 8, vocab_size=11), held_out, lengths, EOS)
     n_bytes = sum(int(document[1:-1].sum()) for document in held_out)
     for scores in (ngram, neural):

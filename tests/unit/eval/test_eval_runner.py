@@ -9,7 +9,7 @@ import torch
 from octavo.eval.answers import Question
 from octavo.eval.metrics import ngram_scorer, score_documents
 from octavo.eval.runner import EvalConfig, evaluate, summary, take
-from octavo.models.ngram import NGramCounts
+from octavo.ngrams.counting import NGramCounts
 
 BOS, EOS, V = 1, 2, 20
 
@@ -80,7 +80,8 @@ def test_model_and_baselines(tmp_path):
     assert baseline["trained_on"] == {"documents": 60, "tokens": 60 * 42, "all_of_the_training_text": True}
     lengths = np.array([0, 0, 0] + [1] * 17)
     for order in (1, 3, 7):
-        alone = score_documents(ngram_scorer(NGramCounts.of(trained_on, V, order).model(order)), held_out, lengths, EOS)
+        model = NGramCounts.of(trained_on, V, order).model(order, "kneser_ney")
+        alone = score_documents(ngram_scorer(model), held_out, lengths, EOS)
         assert baseline["orders"][str(order)] == alone.figures()
     bits = {int(order): figures["bits_per_byte"] for order, figures in baseline["orders"].items()}
     assert baseline["trigram_bits_per_byte"] == bits[3]
