@@ -24,6 +24,8 @@ from octavo.data.prepare import DataConfig
 from octavo.errors import ConfigError, ConfigErrors, did_you_mean, nearest
 from octavo.eval.runner import EvalConfig
 from octavo.models.decoder import MODELS, Decoder
+from octavo.predictors.kinds import PREDICTORS
+from octavo.predictors.settings import CountedConfig
 from octavo.schema import Config, one_of
 from octavo.tokenizer.config import ByteBPE, TokenizerConfig
 from octavo.training.settings import TrainConfig
@@ -68,7 +70,7 @@ class Recipe(Config):
     seed: int = Field(default=1, ge=0, lt=2**63)
     data: DataConfig | None = None
     tokenizer: TokenizerConfig = ByteBPE()
-    model: one_of({**MODELS, "pretrained": Pretrained}, default="decoder") = Decoder.Config()  # type: ignore[valid-type]
+    model: one_of({**MODELS, **PREDICTORS, "pretrained": Pretrained}, default="decoder") = Decoder.Config()  # type: ignore[valid-type]
     train: TrainConfig | None = None
     tune: TuneConfig | None = None
     eval: EvalConfig | None = EvalConfig()
@@ -76,6 +78,8 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _possible(self) -> Recipe:
         pretrained = isinstance(self.model, Pretrained.Config)
+        if isinstance(self.model, CountedConfig):
+            return self._countable(self.model)
         if self.train is not None and self.data is None:
             raise ValueError("train needs text: set data.sources")
         if self.train is None and self.tune is None:
@@ -108,6 +112,24 @@ class Recipe(Config):
                 )
         elif self.tokenizer != ByteBPE():
             raise ValueError("a pretrained model brings its tokenizer: leave the tokenizer section out")
+        return self
+
+    def _countable(self, model: CountedConfig) -> Recipe:
+        kind = model.kind  # type: ignore[attr-defined] - every entry of the table has one
+        for name in ("train", "tune"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}: a model of kind {kind} is counted in one pass and has no weights to train; "
+                    f"use {name}=null, or another model.kind"
+                )
+        if self.data is None:
+            raise ValueError(f"a model of kind {kind} is counted from text: set data.sources")
+        size = getattr(self.tokenizer, "vocab_size", None)
+        if model.vocab_size is not None and size is not None and model.vocab_size < size:
+            raise ValueError(
+                f"model.vocab_size = {model.vocab_size} is below tokenizer.vocab_size = {size}; "
+                "leave model.vocab_size out"
+            )
         return self
 
     @classmethod

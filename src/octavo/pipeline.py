@@ -33,7 +33,7 @@ from octavo.models.cost import cost
 from octavo.models.decoder import Decoder, build
 from octavo.objectives.likelihood import OBJECTIVES
 from octavo.predictors.folder import array_bytes
-from octavo.predictors.kinds import count
+from octavo.predictors.kinds import count, facts
 from octavo.predictors.predictor import NGramPredictor
 from octavo.predictors.settings import CountedConfig
 from octavo.run import FREE_TRAIN_KEYS, RunFolder, find_model, fingerprint
@@ -120,7 +120,7 @@ class Pipeline:
         brought = self._brought(r.model.path) if isinstance(r.model, Pretrained.Config) else None
         found.append(("tokenizer", self.tokenizer, [r.tokenizer.model_dump(mode="json"), brought]))
         if isinstance(r.model, CountedConfig):
-            found.append(("count", self.count, r.model.model_dump(mode="json", exclude={"max_seq_len"})))
+            found.append(("count", self.count, r.model.model_dump(mode="json")))
         if r.train is not None:
             deciding = [r.model.model_dump(mode="json"), _deciding(r.train), r.tune is not None]
             found.append(("pretrain", self.pretrain, deciding))
@@ -223,13 +223,17 @@ class Pipeline:
         shards.require(tokenizer)
         self.console.note(f"{shards.n_documents:,} documents, {shards.n_tokens:,} tokens")
         documents = (shards.document(i) for i in range(shards.n_documents))
-        made = count(_sized(config, tokenizer), self._stoppable(documents, "while counting"), tokenizer.special.bos)
-        lm = LanguageModel(made, tokenizer)
-        lm.save(self.folder.model_path)
-        self.console.note(
-            ", ".join(f"{value:,} {name}" for name, value in made.facts.items() if isinstance(value, int))
+        made = count(
+            _sized(config, tokenizer),
+            self._stoppable(documents, "while counting"),
+            bos=tokenizer.special.bos,
+            eos=tokenizer.special.eos,
+            scratch_folder=self.folder.path,
         )
-        return {"tokens": shards.n_tokens, "bytes": array_bytes(self.folder.model_path), **made.facts}
+        LanguageModel(made, tokenizer).save(self.folder.model_path)
+        told = {"tokens": shards.n_tokens, "bytes": array_bytes(self.folder.model_path), **facts(made)}
+        self.console.note(f"{told['entries']:,} n-grams, {told['bytes']:,} bytes")
+        return told
 
     def pretrain(self) -> dict[str, Any]:
         """Train on the shards; the result is base/ (or model/ when nothing follows)."""

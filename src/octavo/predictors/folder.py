@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from octavo.predictors.predictor import NGramPredictor
 from octavo.schema import no_imports
 
 NATIVE = "octavo"
+ARRAYS = "counts"
 
 
 def is_counted(hf: Mapping[str, Any]) -> bool:
@@ -44,23 +44,15 @@ def load(folder: str | Path, hf: Mapping[str, Any]) -> NGramPredictor:
         ) from None
     if config.vocab_size is None:
         raise CheckpointError(f"{folder / 'config.json'} has no model.vocab_size", fix="restore the file")
-    listed = hf.get("files")
-    for name, size in (listed if isinstance(listed, Mapping) else {}).items():
-        path = folder / Path(str(name)).name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            said = "is missing" if found is None else f"has {found:,} bytes, not {size:,}"
-            raise CheckpointError(f"{path} {said}", fix="count again, or restore the file")
-    counted = kind.load(folder, config)
+    counted = kind.load(folder / ARRAYS, config)
     if counted.vocab_size != config.vocab_size:
         raise CheckpointError(
             f"{folder}: the arrays are of {counted.vocab_size:,} token ids, config.json says {config.vocab_size:,}",
             fix="restore the files that belong together",
         )
     bos = hf.get("bos_token_id")
-    return NGramPredictor(
-        counted, max_seq_len=config.max_seq_len, bos=bos if isinstance(bos, int) else None, config=config
-    )
+    only_begins = isinstance(bos, int) and bos != hf.get("eos_token_id")
+    return NGramPredictor(counted, max_seq_len=config.max_seq_len, bos=bos if only_begins else None, config=config)
 
 
 def save(predictor: NGramPredictor, folder: str | Path, extra: Mapping[str, Any], add: Callable[[Path], None]) -> None:
@@ -74,17 +66,16 @@ def save(predictor: NGramPredictor, folder: str | Path, extra: Mapping[str, Any]
     aside, old = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    predictor.counted.save(aside)
-    arrays = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
+    (aside / ARRAYS).mkdir()
+    predictor.counted.save(aside / ARRAYS)
     add(aside)
     model = predictor.config.model_dump(mode="json") | {"vocab_size": predictor.vocab_size}
-    hf = {"model_type": NATIVE, "architectures": ["NGramPredictor"], "model": model, "files": arrays, **extra}
+    hf = {"model_type": NATIVE, "architectures": ["NGramPredictor"], "model": model, **extra}
     write_json(aside / "config.json", hf)
-    for path in aside.iterdir():
+    for path in (*(aside / ARRAYS).iterdir(), *aside.iterdir(), aside):
         fsync_path(path)
-    fsync_path(aside)
     if folder.exists():
-        ours = {"config.json", "model.safetensors.index.json", *_listed(folder)}
+        ours = {"config.json", "model.safetensors.index.json", ARRAYS}
         for path in folder.iterdir():
             if path.name not in ours and path.suffix != ".safetensors" and not (aside / path.name).exists():
                 path.rename(aside / path.name)
@@ -99,12 +90,4 @@ def save(predictor: NGramPredictor, folder: str | Path, extra: Mapping[str, Any]
 
 def array_bytes(folder: str | Path) -> int:
     """Bytes of the arrays in a folder."""
-    return sum((Path(folder) / name).stat().st_size for name in _listed(Path(folder)))
-
-
-def _listed(folder: Path) -> set[str]:
-    """The names of the arrays of the counted model in ``folder``; none where there is no such model."""
-    try:
-        return set(json.loads((folder / "config.json").read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
+    return sum(path.stat().st_size for path in (Path(folder) / ARRAYS).iterdir())

@@ -16,6 +16,7 @@ from octavo.nn.state import ContiguousState, State, StateField, StateSpec, place
 
 CHUNK = 1 << 23  # probabilities that are held in float64 at once
 LAYER = "text"
+LOG_ZERO = -1e4  # finite, and its exponential is 0
 
 Array = np.ndarray[Any, Any]
 
@@ -39,7 +40,7 @@ class Counted(Protocol):
 
 
 class NGramPredictor:
-    """logits = ln p(next token | the last order - 1 tokens of its document), (B, T, V) float32.
+    """logits = ln p(next token | the last order - 1 tokens of its document), (B, T, V) float32; where p = 0, -10,000.
 
     A document begins at a row's first token, where the document id changes, and at ``bos``: no context reaches
     further back. Where the counted model does not sum to one (stupid back-off) the logits do, divided by their sum.
@@ -58,11 +59,6 @@ class NGramPredictor:
     def __init__(self, counted: Counted, *, max_seq_len: int, bos: int | None = None, config: Any = None):
         self.counted, self.max_seq_len, self.bos, self.config = counted, max_seq_len, bos, config
         self.vocab_size = counted.vocab_size
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What was counted: ``entries`` n-grams, and whatever else the table tells of itself."""
-        return dict(getattr(self.counted, "facts", {}))
 
     def state_specs(self) -> dict[str, StateSpec]:
         order = self.counted.order
@@ -115,18 +111,22 @@ class NGramPredictor:
         values, hits = np.empty(len(targets)), np.empty(len(targets), bool)
         step = max(1, CHUNK // self.vocab_size)
         for at in range(0, len(targets), step):
-            table, target = self._log_probs(contexts[at : at + step]).double().numpy(), targets[at : at + step]
+            table, target = self.next_log_probs_of(contexts[at : at + step]), targets[at : at + step]
             values[at : at + step] = table[np.arange(len(target)), target]
             hits[at : at + step] = table.argmax(1) == target
         return values, hits
+
+    def next_log_probs_of(self, contexts: Sequence[Array]) -> Array:
+        """(n, V) float64: ln p of every token after each context, which sum to one."""
+        rows = np.asarray(self.counted.next_log_probs_of(contexts))
+        return rows if self.counted.normalised else rows - np.logaddexp.reduce(rows, -1, keepdims=True)
 
     def _log_probs(self, contexts: Sequence[Array]) -> Tensor:
         out = torch.empty(len(contexts), self.vocab_size)
         step = max(1, CHUNK // self.vocab_size)
         for at in range(0, len(contexts), step):
-            rows = torch.from_numpy(np.asarray(self.counted.next_log_probs_of(contexts[at : at + step])))
-            out[at : at + step] = rows if self.counted.normalised else rows.log_softmax(-1)
-        return out
+            out[at : at + step] = torch.from_numpy(self.next_log_probs_of(contexts[at : at + step]))
+        return out.clamp(min=LOG_ZERO)
 
     def _contexts(self, ctx: Context, keys: Keys, tokens: Tensor) -> Iterator[Array]:
         """What is known before the next token, for every valid token, row by row."""

@@ -58,7 +58,7 @@ class Uniform(Flat):
         super().__init__(np.full(vocab_size, -math.log(vocab_size)))
 
     @classmethod
-    def fit(cls, config: Config, documents: Iterable[Array], vocab_size: int, held_out: object = None) -> Self:
+    def fit(cls, config: Config, documents: Iterable[Array], vocab_size: int, **_: Any) -> Self:
         """Nothing is counted."""
         return cls(vocab_size)
 
@@ -89,7 +89,7 @@ class Unigram(Flat):
         super().__init__(np.log(counts + add_k) - math.log(float(counts.sum()) + add_k * len(counts)))
 
     @classmethod
-    def fit(cls, config: Config, documents: Iterable[Array], vocab_size: int, held_out: object = None) -> Self:
+    def fit(cls, config: Config, documents: Iterable[Array], vocab_size: int, **_: Any) -> Self:
         """Count every token but each document's first, which is given and never foretold."""
         counts = np.zeros(vocab_size, np.int64)
         for document in documents:

@@ -1,0 +1,1 @@
+"""The noisy channel: which text is likeliest behind a signal, ``argmax p(text) p(signal | text)``."""
