@@ -104,7 +104,7 @@ def draw(metrics: Metrics, *, stage: str, baselines: Mapping[str, float] | None 
             if paint(axes, metrics):
                 axes.margins(x=0.01)
                 full = f"{stage}-{name}"
-                plots.append(Plot(full, title, svg_of(drawn, full, title), _png(drawn)))
+                plots.append(Plot(full, title, svg_of(drawn, full, title), png_of(drawn)))
     return plots
 
 
@@ -151,7 +151,7 @@ def _bits(axes: Any, metrics: Metrics, baselines: Mapping[str, float]) -> bool:
     low, high = low - 0.08 * (high - low) - 0.02, high + 0.08 * (high - low) + 0.02
     axes.set_ylim(low, high)
     axes.set_ylabel("bits per byte")
-    heights = _apart([(level - low) / (high - low) for _, level, _ in labels], 0.085)
+    heights = apart([(level - low) / (high - low) for _, level, _ in labels], 0.085)
     for (name, level, colour), height in zip(labels, heights, strict=True):
         axes.text(
             1.02, height, f"{name} {level:.3f}", transform=axes.transAxes, va="center", color=colour, fontsize=7.5
@@ -159,7 +159,7 @@ def _bits(axes: Any, metrics: Metrics, baselines: Mapping[str, float]) -> bool:
     return True
 
 
-def _apart(heights: list[float], gap: float) -> list[float]:
+def apart(heights: list[float], gap: float) -> list[float]:
     """``heights`` moved as little as keeps the labels at them ``gap`` apart, in the same order."""
     order = sorted(range(len(heights)), key=heights.__getitem__)
     placed = list(heights)
@@ -231,7 +231,7 @@ def short_count(value: float, _: object = None) -> str:
     return (number.rstrip("0").rstrip(".") if "." in number else number) + text[len(number) :]
 
 
-def _png(figure: Any) -> bytes:
+def png_of(figure: Any) -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=180)
     return out.getvalue()

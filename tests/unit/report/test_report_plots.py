@@ -73,10 +73,10 @@ def test_nan_one_point_and_spikes_are_drawn():
 
 
 def test_labels_of_near_levels_stay_apart_and_in_order():
-    placed = plots._apart([0.5, 0.1, 0.52, 0.51], 0.1)
+    placed = plots.apart([0.5, 0.1, 0.52, 0.51], 0.1)
     assert placed == pytest.approx([0.5, 0.1, 0.7, 0.6])
-    assert plots._apart([0.99, 1.0], 0.1) == pytest.approx([0.9, 1.0])
-    assert plots._apart([0.2, 0.8], 0.1) == [0.2, 0.8]
+    assert plots.apart([0.99, 1.0], 0.1) == pytest.approx([0.9, 1.0])
+    assert plots.apart([0.2, 0.8], 0.1) == [0.2, 0.8]
 
 
 def test_ticks_are_short():
