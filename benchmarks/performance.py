@@ -183,7 +183,8 @@ def measure(shape: dict[str, Any], threads: int, rounds: int) -> str:
     most, rate = bound(shape, threads)
     full = variants[0].times
     what = "wall clock" if threads > 1 else "process CPU clock"
-    out = [f"Machine: {processor()}, {threads} threads, torch {_torch()}; {rounds} interleaved rounds, {what}.", ""]
+    machine = f"Machine: {processor()}, {threads} threads, torch {_torch()}"
+    out = [f"{machine}; a step is {shape['rows']} rows; {rounds} interleaved rounds, {what}.", ""]
     out += ["| step | tokens/s (least to most) | time against all levers | peak memory |", "|---|---|---|---|"]
     for v in variants:
         rates = [tokens / t for t in v.times]
