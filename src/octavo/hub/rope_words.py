@@ -6,7 +6,11 @@ What transformers has a class for, but ``longrope``: that is Phi-3's, see hub/ph
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from octavo.hub.family import Family
+    from octavo.models.decoder import Decoder
 
 # Our kinds and which of our settings go by which of their names.
 WORDS: dict[str, dict[str, str]] = {
@@ -59,3 +63,33 @@ def write_scaling(scaling: Any, max_seq_len: int) -> dict[str, Any]:
         own["original"] = max_seq_len
     said = {theirs: own[ours] for ours, theirs in WORDS[scaling.kind].items() if own[ours] is not None}
     return {"rope_type": scaling.kind, **said}
+
+
+def read_partial(
+    family: Family, hf: Mapping[str, Any], head_dim: int, fraction: float, theta: float, tokens: int
+) -> dict[str, Any]:
+    """Rotary positions of a part of each head; ``fraction`` and ``theta`` where rope_parameters do not say any.
+
+    Raises:
+        CheckpointError: an odd part, or a scaling that is not known here.
+    """
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    fraction, theta = rope.get("partial_rotary_factor", fraction), rope.get("rope_theta") or theta
+    if int(head_dim * fraction) % 2 or not 0 < fraction <= 1:
+        raise family.refuse("partial_rotary_factor", fraction, f"turns no even part of {head_dim} channels")
+    kind = rope.get("rope_type", rope.get("type")) or "default"
+    positions = {"kind": "rope", "theta": theta, "fraction": fraction}
+    if kind == "default":
+        return positions
+    if kind not in WORDS:
+        raise family.refuse("rope_scaling", rope if len(str(rope)) < 100 else kind)
+    return {**positions, "scaling": read_scaling(kind, rope, {**hf, "max_position_embeddings": tokens})}
+
+
+def write_partial(config: Decoder.Config) -> dict[str, Any]:
+    """Their settings of rotary positions, in the spellings before and after transformers 5."""
+    positions: Any = config.positions
+    scaling = write_scaling(positions.scaling, config.max_seq_len)
+    own = {"rope_theta": positions.theta, "partial_rotary_factor": positions.fraction}
+    found = {**own, "rope_parameters": {**own, "rope_type": "default", **scaling}}
+    return {**found, "rope_scaling": {**own, **scaling}} if scaling else found
