@@ -23,7 +23,7 @@ def test_the_families_listed_are_the_families_there_are():
     from octavo.hub.folder import FAMILIES, NATIVE
 
     table = PAGE.partition("## Families")[2].partition("Only safetensors")[0]
-    listed = {name for row in re.findall(r"^\| (`.*?`) \|", table, re.M) for name in re.findall(r"`([a-z0-9]+)`", row)}
+    listed = {name for row in re.findall(r"^\| (`.*?`) \|", table, re.M) for name in re.findall(r"`([a-z0-9_]+)`", row)}
     assert listed - {"model_type"} == {*FAMILIES, NATIVE}
 
 

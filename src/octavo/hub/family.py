@@ -89,6 +89,7 @@ class Family(ABC):
     copies: ClassVar[Mapping[str, str]] = {}  # tensors that may be there as copies of another, and of which
     renamed: ClassVar[Mapping[str, str]] = {}  # other spellings of names: pattern and replacement
     head = "lm_head.weight"  # the output matrix, which tied checkpoints may or may not repeat
+    configures: ClassVar[type[Any]] = Decoder.Config  # what model its checkpoints are of
     automatic = True  # may be chosen for a model that names no family
 
     def of(self, hf: Mapping[str, Any]) -> Family:
@@ -146,8 +147,9 @@ def canonical(config: Decoder.Config) -> dict[str, Any]:
         plain["multi_token"]["block"] = _layer(config, config.multi_token.block or names[-1])
     for key in ("blocks", "pattern", "init", "embed_dropout", "padding_id", "n_layers"):
         plain.pop(key)
-    if plain["classes"]:
-        plain["classes"].pop("dropout")
+    if config.classes is not None:
+        plain["classes"] |= {"dropout": None, "n_classes": config.classes.n}
+        plain["classes"] |= {"pooling": None} if config.classes.over == "token" else {}
     return plain | {"layers": layers}
 
 
@@ -218,6 +220,7 @@ def activation(hf_name: str) -> str:
         "gelu": "gelu",
         "gelu_new": "gelu_tanh",
         "gelu_pytorch_tanh": "gelu_tanh",
+        "gelu_fast": "gelu_tanh",
         "silu": "silu",
         "swish": "silu",
         "relu": "relu",

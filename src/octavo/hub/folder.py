@@ -16,12 +16,14 @@ from octavo.errors import CheckpointError, ConfigError, did_you_mean
 from octavo.files import fsync_path, make_folder, write_json
 from octavo.hub.bamba import Bamba
 from octavo.hub.bart import Bart
+from octavo.hub.bert import Bert
 from octavo.hub.bloom import Bloom
 from octavo.hub.deepseek import DeepSeekV2, DeepSeekV3
 from octavo.hub.falcon import Falcon
 from octavo.hub.family import Family
 from octavo.hub.formats import INDEX, PICKLED, WEIGHTS
 from octavo.hub.gemma2 import Gemma2
+from octavo.hub.gemma3 import Gemma3
 from octavo.hub.gpt2 import GPT2
 from octavo.hub.gpt_neox import GPTNeoX
 from octavo.hub.limits import check_header, check_layers, check_sizes, read_json
@@ -31,6 +33,7 @@ from octavo.hub.mamba2 import Mamba2
 from octavo.hub.minimind import MiniMind
 from octavo.hub.mistral import Mistral
 from octavo.hub.mixtral import Mixtral
+from octavo.hub.modernbert import ModernBert
 from octavo.hub.mpt import Mpt
 from octavo.hub.nanochat import NanoChat
 from octavo.hub.olmo2 import Olmo2
@@ -38,6 +41,7 @@ from octavo.hub.phi import Phi
 from octavo.hub.phi3 import Phi3
 from octavo.hub.qwen import Qwen2, Qwen3
 from octavo.hub.qwen_moe import Qwen2Moe, Qwen3Moe
+from octavo.hub.roberta import Roberta
 from octavo.hub.rwkv import Rwkv
 from octavo.hub.t5 import T5
 from octavo.models.decoder import Decoder, build
@@ -52,6 +56,7 @@ FAMILIES: dict[str, Family] = {
         *(GPTNeoX(), Phi(), Bloom(), Mpt(), Falcon(), Mamba(), Mamba2(), Rwkv(), Bamba()),
         *(Mixtral(), Qwen2Moe(), Qwen3Moe(), DeepSeekV2(), DeepSeekV3()),
         *(T5(), Bart()),
+        *(Gemma3(), Bert(), Roberta(), ModernBert()),
     )
 }
 NATIVE = "octavo"
@@ -245,6 +250,23 @@ def _refuse(folder: Path, missing: list[str], extra: list[str], wrong: list[str]
         )
 
 
+def tensor_names(folder: Path) -> list[str]:
+    """The names of a folder's tensors, from its index or the head of its one file; none where there are no weights."""
+    from safetensors import SafetensorError, safe_open
+
+    if (folder / INDEX).is_file():
+        where = read_json(folder / INDEX)
+        return list(where.get("weight_map", ())) if isinstance(where, dict) else []
+    if not (folder / WEIGHTS).is_file():
+        return []
+    check_header(folder / WEIGHTS)
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS} is damaged: {error}", fix="restore the file") from None
+
+
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder, from one safetensors file or from the shards its index names."""
     from safetensors import SafetensorError
@@ -291,7 +313,9 @@ def choose_family(config: Decoder.Config, wanted: str = "auto") -> str:
     """
     if wanted == NATIVE:
         return NATIVE
-    fitting = [name for name, family in FAMILIES.items() if family.fits(config)]
+    fitting = [
+        name for name, family in FAMILIES.items() if isinstance(config, family.configures) and family.fits(config)
+    ]
     if wanted == "auto":
         return next((name for name in fitting if FAMILIES[name].automatic), NATIVE)
     if wanted not in fitting:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from octavo.nn.contracts import Aux, Context, Dims, Mixer
+from octavo.nn.dropout import dropout
 from octavo.nn.projection import Projection
 from octavo.nn.state import State
 from octavo.nn.tables import CHANNEL_MIXERS, CROSS_MIXERS, NORMS, POSITIONS, TOKEN_MIXERS
@@ -40,6 +40,7 @@ class BlockConfig(Config):
     topology: Literal["sequential", "parallel"] = "sequential"
     shared_norm: bool = False
     residual_scale: Annotated[float, Field(ge=0)] | Literal["deepnorm"] = 1.0
+    mixer_norm: bool = Field(default=True, description="false: no norm before the token mixer (ModernBERT's first)")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="on each branch before it is added")
     positions: one_of(POSITIONS) | None = Field(default=None, description="rope or none; default: the model's")  # type: ignore[valid-type]
 
@@ -51,6 +52,8 @@ class BlockConfig(Config):
             raise ValueError("shared_norm needs topology parallel and norm_placement pre")
         if self.residual_scale == "deepnorm" and self.norm_placement != "post":
             raise ValueError("residual_scale deepnorm is made for norm_placement post")
+        if not self.mixer_norm and (self.norm_placement != "pre" or self.shared_norm):
+            raise ValueError("mixer_norm false leaves out a norm of its own that norm_placement pre puts there")
         if self.positions is not None and not component(POSITIONS, self.positions.kind).rotates_only():
             raise ValueError(f"positions {self.positions.kind} are the whole model's; a block's own are rope or none")
         return self
@@ -90,9 +93,10 @@ class Block(nn.Module):
             mixers["cross"] = component(CROSS_MIXERS, config.cross.kind)(config.cross, dims)  # type: ignore[attr-defined]
         if config.channel is not None:
             mixers["channel"] = component(CHANNEL_MIXERS, config.channel.kind)(config.channel, dims)  # type: ignore[attr-defined]
+        bare = set(mixers) if config.shared_norm else {"mixer"} - ({"mixer"} if config.mixer_norm else set())
         self.layers = nn.ModuleDict(
             {
-                name: SubLayer(mixer, config.norm_placement, norm, dims.d_model, own_norm=not config.shared_norm)
+                name: SubLayer(mixer, config.norm_placement, norm, dims.d_model, own_norm=name not in bare)
                 for name, mixer in mixers.items()
             }
         )
@@ -114,7 +118,7 @@ class Block(nn.Module):
             source = shared if self.config.topology == "parallel" else x
             y, new = layer(source, ctx, state, f"{depth}.{name}")
             add_up(aux, new)
-            y = F.dropout(y, self.config.dropout, self.training)
+            y = dropout(y, self.config.dropout, self.training)
             if self.config.topology == "parallel":
                 total = total + y
             else:

@@ -9,6 +9,7 @@ import torch
 from octavo.models.block import Block
 from octavo.models.decoder import Decoder
 from octavo.models.encoder_decoder import EncoderDecoder
+from octavo.nn.moe import Mixture
 from octavo.nn.state import StateSpec
 from octavo.nn.tables import NORMS
 from octavo.schema import component
@@ -68,6 +69,25 @@ def _lengths(name: str, n_tokens: int, n_source: int, n_read: int) -> tuple[int,
     return n_tokens, n_read if name.endswith(".cross") else n_tokens
 
 
+def active_parameters(model: Model) -> int:
+    """Those that one token's pass reads: of each mixture only the experts that are asked, and no further module.
+
+    Tables count whole, as they do in the figures of papers; a pass looks up one row of them.
+    """
+    further = {part for module in model.multi_token for part in module.modules()}
+    found = sum(p.numel() for p in model.parameters()) - further_parameters(model)
+    for part in model.modules():
+        if isinstance(part, Mixture) and part not in further:
+            experts, asked = part.mixture.n_experts, part.mixture.experts_per_token
+            found -= part.experts.n_parameters() // experts * (experts - asked)
+    return found
+
+
+def further_parameters(model: Model) -> int:
+    """Those of the modules that predict further tokens."""
+    return sum(p.numel() for module in model.multi_token for p in module.parameters())
+
+
 def state_bytes(specs: dict[str, StateSpec], max_tokens: int, dtype: torch.dtype, n_source: int = 0) -> int:
     """Bytes of one row's decode state holding ``max_tokens`` tokens, and what was read of a source of ``n_source``."""
     return sum(field.n_bytes(max_tokens, dtype, n_source) for spec in specs.values() for field in spec.values())
@@ -88,7 +108,9 @@ def predicted_parameters(model: Model) -> int:
     for block in blocks:
         assert isinstance(block, Block)
         per_layer = 2 if block.config.norm_placement == "sandwich" else 1
-        total += norm * (1 if block.config.shared_norm else per_layer * len(block.layers))
+        total += norm * (
+            1 if block.config.shared_norm else per_layer * len(block.layers) - (not block.config.mixer_norm)
+        )
         total += sum(layer.mixer.predicted_parameters() for _, layer in block.sub_layers())
     total += norm * (config.final_norm + config.embed_norm)
     total += 0 if config.tie_embeddings else V * D

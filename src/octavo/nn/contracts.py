@@ -104,7 +104,7 @@ class Context:
         """The mask rule: who may read whom, (B, 1, T, S), True where reading is allowed.
 
         A query reads keys of its own document that are not later than itself and, with a ``window``, not
-        further back than ``window - 1`` tokens. Queries on padding read everything: their output is
+        further back than ``window - 1`` tokens; where it is not ``causal``, not further ahead either. Queries on padding read everything: their output is
         discarded, and a softmax over nothing would be NaN.
         """
         shared = keys is self.keys  # every layer over the same keys asks for the same mask
@@ -116,6 +116,7 @@ class Context:
             allowed = allowed & (key <= query)
         if window is not None:
             allowed = allowed & (key > query - window)
+            allowed = allowed if causal else allowed & (key < query + window)
         mask = (allowed | ~self.valid[:, :, None])[:, None]
         if shared:
             self._masks[causal, window] = mask
