@@ -14,8 +14,9 @@ from octavo.errors import CheckpointError, ConfigError, ConfigErrors, did_you_me
 from octavo.files import write_json
 from octavo.hub import formats
 from octavo.hub.folder import assemble, load_model, model_config, read_config, save_model
-from octavo.infer.generate import Completion, encode_prompt, generate, pieces
+from octavo.infer.generate import Completion, encode_prompt, encode_source, generate, pieces
 from octavo.infer.sampling import SamplingConfig
+from octavo.models.encoder_decoder import EncoderDecoder
 from octavo.nn.contracts import Inputs
 from octavo.predictors import folder as counted
 from octavo.predictors.predictor import NGramPredictor
@@ -50,7 +51,8 @@ class LanguageModel:
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The tokens of a prompt: [bos] and the text, or the rendered conversation up to the answer."""
         if isinstance(prompt, str):
-            return encode_prompt(self.tokenizer, prompt)
+            encode = encode_source if isinstance(self.model, EncoderDecoder) else encode_prompt
+            return encode(self.tokenizer, prompt)
         return self.tokenizer.render(list(prompt), add_generation_prompt=True).ids
 
     def complete(self, prompt: Prompt, config: SamplingConfig | None = None, **settings: Any) -> Completion:
@@ -95,6 +97,20 @@ class LanguageModel:
         lengths = metrics.token_byte_lengths(self.tokenizer)
         document = Encoded([text], self.tokenizer).document(0)
         return metrics.score_documents(scorer, [document], lengths, -1 if eos is None else eos).figures()
+
+    def log_probs(self, texts: Sequence[str], *, end: bool = False) -> list[float]:
+        """ln p of each text as the beginning of a document; with ``end`` of the document's end after it too."""
+        from octavo.eval import metrics
+        from octavo.eval.runner import Encoded
+
+        encoded, has_end = Encoded(texts, self.tokenizer), self.tokenizer.special.eos is not None
+        scorer = metrics.own_scorer(self.model) or metrics.neural_scorer(
+            self.logits, self.max_seq_len, None, vocab_size=self.model.vocab_size
+        )
+        documents = [encoded.document(i)[: None if end or not has_end else -1] for i in range(encoded.n_documents)]
+        scored = [document for document in documents if len(document) > 1]
+        values = iter(scorer(scored)[0].tolist() if scored else ())
+        return [sum(next(values) for _ in document[1:]) for document in documents]
 
     def save(self, folder: str | Path, *, family: str = "auto") -> str:
         """Write a Hugging Face folder: weights, config, tokenizer, chat template, generation settings.

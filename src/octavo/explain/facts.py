@@ -16,9 +16,9 @@ import octavo
 from octavo.laws.components import Component, Size
 from octavo.laws.model import LAWS
 from octavo.models.cost import state_bytes
-from octavo.models.decoder import MODELS, Decoder, build
+from octavo.models.decoder import Decoder, build
 from octavo.nn.activation import ACTIVATIONS
-from octavo.nn.contracts import Inputs, Mixer
+from octavo.nn.contracts import Inputs, Memory, Mixer
 from octavo.nn.norm import Norm
 from octavo.nn.rope import RotaryPositions
 from octavo.nn.rope_scaling import rope_frequencies
@@ -35,7 +35,7 @@ Row = tuple[str, ...]
 def model_around(component: Component, size: Size, device: str = "cpu") -> Decoder:
     """The first of the small models around it, at ``size``."""
     values = next(iter(component.models(size).values()))
-    return build(MODELS["decoder"].Config.model_validate({**values, "n_layers": 1, "pattern": None}), device=device)
+    return build(Decoder.Config.model_validate({**values, "n_layers": 1, "pattern": None}), device=device)
 
 
 def examined(component: Component, model: Decoder) -> nn.Module:
@@ -45,7 +45,7 @@ def examined(component: Component, model: Decoder) -> nn.Module:
         return model.positions
     if table == "norm":
         return next(module for module in model.modules() if isinstance(module, Norm))
-    return model.mixers()["0.channel" if table in ("channel", "activation") else "0.mixer"]
+    return model.mixers()[{"channel": "0.channel", "activation": "0.channel", "cross": "0.cross"}.get(table, "0.mixer")]
 
 
 @functools.cache
@@ -56,7 +56,7 @@ def shapes(component: Component) -> list[Row]:
     hook = part.register_forward_hook(lambda _, given, got: seen.append((given, got)))
     tokens = torch.randint(model.vocab_size, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), hook:
-        model(Inputs(tokens))
+        model(Inputs(tokens, memory=_memory(tokens) if table == "cross" else None))
     rows: list[Row] = []
     if table in ("position", "scaling"):
         rows += _of_positions(model)
@@ -68,6 +68,11 @@ def shapes(component: Component) -> list[Row]:
     if isinstance(part, Mixer) and table != "activation":
         rows += state_fields(part.state_spec())
     return rows
+
+
+def _memory(tokens: Tensor) -> Memory:
+    """As long as ``tokens`` (B, T), so that a page speaks of one length."""
+    return Memory(torch.zeros(*tokens.shape, SHOWN.d_model), torch.ones_like(tokens, dtype=torch.bool))
 
 
 def _of_positions(model: Decoder) -> list[Row]:
@@ -95,7 +100,11 @@ def parameters(part: nn.Module) -> list[Row]:
 def state_fields(spec: StateSpec) -> list[Row]:
     """Name, shape of an entry, and its kind with the bytes of a row of COUNTED_TOKENS tokens in float32."""
     return [
-        (name, _shape(field), f"state, {field.kind}: {field.n_bytes(COUNTED_TOKENS, torch.float32):,} bytes")
+        (
+            name,
+            _shape(field),
+            f"state, {field.kind}: {field.n_bytes(COUNTED_TOKENS, torch.float32, COUNTED_TOKENS):,} bytes",
+        )
         for name, field in spec.items()
     ]
 
@@ -115,11 +124,12 @@ def costs(component: Component) -> list[Row]:
     count = part.predicted_parameters()  # type: ignore[operator]
     if not isinstance(part, Mixer):
         return [("parameters", f"{count:,}")]
-    T, bytes_of = COUNTED_TOKENS, lambda n: state_bytes({"": part.state_spec()}, n, torch.float32)
+    T, bytes_of = COUNTED_TOKENS, lambda n: state_bytes({"": part.state_spec()}, n, torch.float32, T)
     return [
         ("parameters", f"{count:,}"),
         ("FLOPs of a row", f"{part.flops(T, T):,}"),
-        ("FLOPs of the next token", f"{part.flops(1, T):,}"),
+        # A memory's keys and values are not made again for it.
+        *([] if table == "cross" else [("FLOPs of the next token", f"{part.flops(1, T):,}")]),
         ("state bytes of a row", f"{bytes_of(T):,}"),
         ("state bytes of a row twice as long", f"{bytes_of(2 * T):,}"),
     ]
@@ -190,7 +200,7 @@ def promises(component: Component) -> tuple[list[str], list[str]]:
     """The laws that are asked of it, and those that are not because it does not promise what they say."""
     asked: list[str] = []
     for values in component.models().values():
-        promised = build(MODELS["decoder"].Config.model_validate(values), device="meta").capabilities
+        promised = build(Decoder.Config.model_validate(values), device="meta").capabilities
         asked += [name for name, law in LAWS.items() if law.asked(promised) and name not in asked]
     ordered = [name for name in LAWS if name in asked]
     return ordered, [name for name in LAWS if name not in asked]

@@ -17,7 +17,8 @@ from torch import Tensor
 from octavo.errors import ConfigError
 from octavo.infer import native
 from octavo.infer.sampling import SamplingConfig, draw, generators, shape
-from octavo.nn.contracts import Inputs
+from octavo.models.encoder_decoder import EncoderDecoder
+from octavo.nn.contracts import Inputs, Memory
 
 if TYPE_CHECKING:
     from octavo.tokenizer import Tokenizer
@@ -117,6 +118,8 @@ def pieces(
 ) -> Iterator[Piece]:
     """Decode all prompts together, one token a row and step.
 
+    For an encoder-decoder a prompt is the source, and what is decoded is the target from its first token on.
+
     Args:
         model: a predictor (``nn.contracts.Predictor`` with ``new_state``).
         prompts: (rows,) token ids, at least one each.
@@ -135,13 +138,15 @@ def pieces(
     _check(model, tokenizer, prompts, config, on_full)
     ends = frozenset(tokenizer.stop_ids if stop_ids is None else stop_ids)
     n_tokens = min(model.vocab_size, tokenizer.vocab_size)  # rows that pad the embedding are not text
+    sources = prompts if isinstance(model, EncoderDecoder) else None
+    prompts = [[start_id(model, tokenizer)] for _ in prompts] if sources is not None else prompts
     texts = [_Text(tokenizer, prompt, config.stop) for prompt in prompts]
     streams = generators(config, len(prompts))
     produced: list[list[int]] = [[] for _ in prompts]
     unfinished = set(range(len(prompts)))
     new: list[Sequence[int]] = list(prompts)
-    with _evaluating(model):
-        window = _Window(model, prompts, config.max_new_tokens)
+    with evaluating(model):
+        window = Window(model, prompts, config.max_new_tokens, sources)
         while unfinished:
             rows = sorted(unfinished)
             logits = window.read(new)[rows, :n_tokens].float()
@@ -170,16 +175,47 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     return [*([] if bos is None else [bos]), *tokenizer.encode(text)]
 
 
-class _Window:
-    """What the model has read of each row: cached while all fit into its context, then cropped and read anew."""
+def encode_source(tokenizer: Tokenizer, text: str) -> list[int]:
+    """A plain text as an encoder reads it: between the tokens that begin and end texts, where there are such."""
+    eos = tokenizer.special.eos
+    return [*encode_prompt(tokenizer, text), *([] if eos is None else [eos])]
 
-    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int):
+
+def start_id(model: EncoderDecoder, tokenizer: Tokenizer) -> int:
+    """The token that targets begin with."""
+    special = tokenizer.special
+    found = next((i for i in (model.config.start_id, special.bos, special.eos) if i is not None), None)
+    if found is None:
+        raise ConfigError(
+            "targets have no first token: the tokenizer has neither bos nor eos", fix="set model.start_id"
+        )
+    return found
+
+
+class Window:
+    """What the model has read of each row: cached while all fit into its context, then cropped and read anew.
+
+    A source is encoded once; what the model reads of it, it keeps in the state, or is given again.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sources: Sequence[Sequence[int]] | None = None,
+    ):
         self.model = model
+        self.memory: Memory | None = None
         self.rows: list[list[int]] = [[] for _ in prompts]
         needed = max(len(prompt) for prompt in prompts) + max_new_tokens
         with torch.inference_mode():
             self.state = model.new_state(len(prompts), min(needed, model.max_seq_len))
         self.device = self.state.lengths.device
+        if sources is not None:
+            source, valid = _padded(sources)
+            with torch.inference_mode():
+                self.memory = model.encode(source.to(self.device), valid.to(self.device))
         self.native = None if native.unsuitable(model, self.state) or native.library()[1] else native.NativeStep
         self.step: native.NativeStep | None = None
 
@@ -197,6 +233,14 @@ class _Window:
             [row[-limit:] if ids else row[-1:] for row, ids in zip(self.rows, new, strict=True)], limit
         )
 
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep (or copy) the rows given by index, in that order."""
+        assert self.state is not None
+        self.rows = [list(self.rows[row]) for row in rows]
+        self.native = None  # it knows the rows by their place
+        with torch.inference_mode():
+            self.state.select(torch.tensor(rows, device=self.device))
+
     def _native_step(self, new: Sequence[Sequence[int]]) -> Tensor:
         if self.step is None:
             assert self.state is not None
@@ -210,22 +254,29 @@ class _Window:
     @torch.inference_mode()
     def _forward(self, rows: Sequence[Sequence[int]], n_at_once: int) -> Tensor:
         lengths = [len(row) for row in rows]
-        tokens = torch.zeros(len(rows), max(lengths), dtype=torch.long)
-        for row, ids in enumerate(rows):
-            tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
-        valid = torch.arange(tokens.shape[1]) < torch.tensor(lengths)[:, None]
-        tokens, valid = tokens.to(self.device), valid.to(self.device)
+        tokens, valid = (tensor.to(self.device) for tensor in _padded(rows))
         last: list[Tensor | None] = [None] * len(rows)
         for start in range(0, tokens.shape[1], n_at_once):
             part = slice(start, start + n_at_once)
             padded = min(lengths) < min(part.stop, tokens.shape[1])
             inputs = Inputs(tokens[:, part], valid=valid[:, part] if padded else None)
+            if self.memory is not None and (self.state is None or not self.state.used):
+                inputs.memory = self.memory
             logits = self.model(inputs, state=self.state, needs=("logits",)).logits
             for row, length in enumerate(lengths):
                 if part.start < length <= part.stop:
                     last[row] = logits[row, length - 1 - start]
         nothing = next(row for row in last if row is not None)
         return torch.stack([nothing if row is None else row for row in last])
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Ids (B, T), padded at the end, and where they are text."""
+    lengths = [len(row) for row in rows]
+    tokens = torch.zeros(len(rows), max(lengths), dtype=torch.long)
+    for row, ids in enumerate(rows):
+        tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
+    return tokens, torch.arange(tokens.shape[1]) < torch.tensor(lengths)[:, None]
 
 
 class _Text:
@@ -280,6 +331,14 @@ def _scores(logits: Tensor, chosen: Sequence[int], n_top: int | None) -> Sequenc
 def _check(
     model: Any, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], config: SamplingConfig, on_full: OnFull
 ) -> None:
+    check_prompts(model, prompts, on_full)
+    n_tokens = min(model.vocab_size, tokenizer.vocab_size)
+    if outside := [token for token in config.logit_bias if not 0 <= token < n_tokens]:
+        raise ConfigError(f"logit_bias names token {outside[0]}, the vocabulary is 0..{n_tokens - 1}", fix="remove it")
+
+
+def check_prompts(model: Any, prompts: Sequence[Sequence[int]], on_full: OnFull) -> None:
+    """Refuse prompts that ``model`` cannot read, as ``pieces`` says."""
     if not prompts:
         raise ConfigError("there is no prompt to complete", fix="give at least one list of token ids")
     for row, prompt in enumerate(prompts):
@@ -290,18 +349,15 @@ def _check(
                 f"prompt {row} has a token id outside 0..{model.vocab_size - 1}",
                 fix="encode it with this model's tokenizer",
             )
-        if on_full == "stop" and len(prompt) >= model.max_seq_len:
+        if on_full == "stop" and len(prompt) >= model.max_seq_len and not isinstance(model, EncoderDecoder):
             raise ConfigError(
                 f"the prompt has {len(prompt)} tokens, the model's context is {model.max_seq_len}",
                 fix="shorten it, or start a new conversation",
             )
-    n_tokens = min(model.vocab_size, tokenizer.vocab_size)
-    if outside := [token for token in config.logit_bias if not 0 <= token < n_tokens]:
-        raise ConfigError(f"logit_bias names token {outside[0]}, the vocabulary is 0..{n_tokens - 1}", fix="remove it")
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """Dropout off while decoding, as it was afterwards (a training loop samples from its own model)."""
     training = isinstance(model, torch.nn.Module) and model.training
     if training:

@@ -21,7 +21,7 @@ from octavo.nn.position import Positions
 from octavo.nn.reader import Reader
 from octavo.nn.readers import READERS
 from octavo.nn.rope_scaling import ROPE_SCALINGS, RopeScaling
-from octavo.nn.tables import CHANNEL_MIXERS, NORMS, POSITIONS, TOKEN_MIXERS
+from octavo.nn.tables import CHANNEL_MIXERS, CROSS_MIXERS, NORMS, POSITIONS, TOKEN_MIXERS
 from octavo.schema import Config, load_object
 
 Model = dict[str, Any]
@@ -69,6 +69,17 @@ def _around_channel(own: dict[str, Any], cls: Any, size: Size) -> dict[str, Mode
     return {
         "channel": small(blocks={"own": {"mixer": attention, "channel": own}}),
         "channel sandwich": small(blocks={"own": sandwich}),
+    }
+
+
+def _around_cross(own: dict[str, Any], cls: Any, size: Size) -> dict[str, Model]:
+    small, block = functools.partial(size.model, cls), {"mixer": size.attention, "cross": own, "channel": MLP}
+    last = {"first": {"mixer": size.attention}, "last": {"mixer": "lstm", "cross": own, "channel": None}}
+    return {
+        "between": small(blocks={"own": block}),
+        "recurrent, in the last layer": small(blocks=last, n_layers=2),
+        "parallel": small(blocks={"own": {**block, "topology": "parallel"}}),
+        "post": small(blocks={"own": {**block, "norm_placement": "post"}}),
     }
 
 
@@ -138,6 +149,7 @@ class Table:
 TABLES: dict[str, Table] = {
     "mixer": Table("token mixer", TOKEN_MIXERS, Mixer, _around_mixer),
     "channel": Table("channel mixer", CHANNEL_MIXERS, Mixer, _around_channel),
+    "cross": Table("cross mixer", CROSS_MIXERS, None, _around_cross),
     "norm": Table("norm", NORMS, Norm, _around_norm),
     "position": Table("position scheme", POSITIONS, Positions, _around_positions),
     "scaling": Table("rope scaling", ROPE_SCALINGS, RopeScaling, _around_scaling),

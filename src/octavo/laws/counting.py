@@ -9,10 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from octavo.laws.reading import with_backend
 from octavo.laws.result import require
-from octavo.laws.subject import Subject
+from octavo.laws.subject import N_SOURCE, Subject
 from octavo.models.cost import cost, predicted_parameters
 from octavo.models.decoder import build
-from octavo.nn.contracts import Inputs
 
 
 def config(subject: Subject) -> None:
@@ -50,8 +49,8 @@ def flops(subject: Subject) -> None:
     model = subject.fresh(with_backend(subject.config, "plain"))
     T = subject.n_tokens
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(Inputs(subject.tokens(1)))
-    predicted, counted = cost(model, T).forward_flops, counter.get_total_flops()
+        model(subject.inputs(subject.tokens(1)))
+    predicted, counted = cost(model, T, n_source=N_SOURCE).forward_flops, counter.get_total_flops()
     require(predicted == counted, f"predicted {predicted}, counted {counted}")
 
 
@@ -59,7 +58,8 @@ def state_bytes(subject: Subject) -> None:
     """A state holds the bytes that the specs say, spare entries and bookkeeping left out."""
     for rows, n in ((1, subject.n_tokens), (3, 5)):
         held = subject.model.new_state(rows, n)
-        predicted = rows * cost(subject.model, n, torch.float64).state_bytes
+        subject.logits(subject.tokens(rows, 1), held) if subject.model.capabilities.incremental else None
+        predicted = rows * cost(subject.model, n, torch.float64, N_SOURCE).state_bytes
         require(
             held.payload_bytes == predicted, f"{rows} rows of {n}: {predicted} predicted, {held.payload_bytes} held"
         )

@@ -10,7 +10,7 @@ from octavo.laws import counting, decoding, reading
 from octavo.laws.components import find
 from octavo.laws.result import LawResult, verdict
 from octavo.laws.subject import Subject
-from octavo.models.decoder import MODELS
+from octavo.models.tables import MODELS
 from octavo.nn.contracts import Capabilities
 from octavo.schema import Config
 

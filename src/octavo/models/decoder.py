@@ -17,6 +17,7 @@ from octavo.models.block import Block, BlockConfig, add_up
 from octavo.models.heads import Classes, ClassesConfig, HeadTransform, TransformConfig
 from octavo.models.multi_token import MultiToken, MultiTokenConfig, looking_ahead
 from octavo.nn.contracts import Aux, Capabilities, Context, Dims, Head, Heads, Inputs, Memory, Mixer, Outputs
+from octavo.nn.dropout import dropout
 from octavo.nn.norm import RMSNorm
 from octavo.nn.position import PositionDims, Positions
 from octavo.nn.projection import Embedding, InitConfig, Projection, initialise
@@ -113,7 +114,7 @@ class Decoder(nn.Module):
             return [heads for heads in found if heads is not None]
 
         def position_dims(self, scheme: Any = None) -> list[PositionDims]:
-            """What a position scheme, by default the model's, is told: once, or once for each width that is rotated."""
+            """What a position scheme, by default the model's, is told: once, or for each width that is rotated."""
             scheme = scheme or self.positions
             served = self.heads(scheme)
             numbers = {heads.n_heads for heads in served}
@@ -196,7 +197,7 @@ class Decoder(nn.Module):
         embedded = self._embedded(inputs)
         x = self.positions.embed(embedded, ctx.positions)
         x = self.embed_norm(x) if self.embed_norm is not None else x
-        x = F.dropout(x, self.config.embed_dropout, self.training)
+        x = dropout(x, self.config.embed_dropout, self.training)
         states, aux = [x], {}
         x, aux = self._stack(x, contexts, state, states if "hidden_states" in needs else None)
         hidden, maps = self.norm(x), tuple(ctx.recorded.get("attention", ()))
@@ -231,7 +232,9 @@ class Decoder(nn.Module):
         if not any(block.config.cross for block in self.stack()):
             raise UnsupportedError("no block of this model reads a memory", fix="give its blocks a cross mixer")
         if len(memory.hidden) != rows:
-            raise UnsupportedError(f"a memory of {len(memory.hidden)} rows for {rows} rows of text", fix="give one each")
+            raise UnsupportedError(
+                f"a memory of {len(memory.hidden)} rows for {rows} rows of text", fix="give one each"
+            )
         return memory
 
     def _unable(self, promise: str) -> str:

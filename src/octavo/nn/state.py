@@ -25,7 +25,8 @@ class StateField:
 
     kind: ``token`` grows by one entry a token; ``ring`` keeps the last ``length`` tokens; ``row`` is fixed
     per row; ``memory`` is filled once (an encoder's keys). shape: of one entry, without row and token axes.
-    dtype: None means the model's compute dtype. length: entries of a ring or memory.
+    dtype: None means the model's compute dtype. length: entries of a ring or memory; a memory without one has none
+    until it is written, and then as many as were written.
     """
 
     kind: Literal["token", "ring", "row", "memory"]
@@ -33,9 +34,9 @@ class StateField:
     dtype: torch.dtype | None = None
     length: int | None = None
 
-    def n_bytes(self, max_tokens: int, dtype: torch.dtype) -> int:
-        """Bytes of one row of this field when up to ``max_tokens`` tokens are held."""
-        length = self.length or 0
+    def n_bytes(self, max_tokens: int, dtype: torch.dtype, n_memory: int = 0) -> int:
+        """Bytes of one row of this field when up to ``max_tokens`` tokens are held, and ``n_memory`` of a source."""
+        length = self.length or (n_memory if self.kind == "memory" else 0)
         entries = {"token": max_tokens, "row": 1, "ring": min(length, max_tokens)}.get(self.kind, length)
         return entries * prod(self.shape) * (self.dtype or dtype).itemsize
 
@@ -212,6 +213,10 @@ class ContiguousState(State):
 
     def restore(self, snapshot: object) -> None:
         self.used, saved = snapshot  # type: ignore[misc]
+        for name, layer in self.layers.items():
+            for field in layer.spec:  # a memory may have been filled since, or have another length now
+                if layer.spec[field].kind == "memory":
+                    layer.buffers[field] = saved[f"{name}.{field}"].clone()
         for name, tensor in self._tensors().items():
             tensor.copy_(saved[name])
 
@@ -300,4 +305,7 @@ class _ContiguousLayer(LayerState):
 
     def write(self, **new: Tensor) -> None:
         for name, value in new.items():
-            self.buffers[name].copy_(value)
+            if self.spec[name].kind == "memory" and self.spec[name].length is None:
+                self.buffers[name] = value.detach().to(self.buffers[name].dtype)
+            else:
+                self.buffers[name].copy_(value)

@@ -6,6 +6,7 @@ from octavo.nn.attention import Attention
 from octavo.nn.bengio import Bengio
 from octavo.nn.contracts import Mixer
 from octavo.nn.convolution import Convolution
+from octavo.nn.cross_attention import CrossAttention
 from octavo.nn.deltanet import DeltaNet, GatedDeltaNet
 from octavo.nn.gla import Gla
 from octavo.nn.hyena import Hyena
@@ -52,6 +53,7 @@ TOKEN_MIXERS: dict[str, type[Mixer]] = {
     "hyena": Hyena,
 }
 SideBySide.table = TOKEN_MIXERS  # a mixer made of mixers
+CROSS_MIXERS: dict[str, type[Mixer]] = {"cross_attention": CrossAttention}
 CHANNEL_MIXERS: dict[str, type[Mixer]] = {
     "mlp": Mlp,
     "glu": Glu,
