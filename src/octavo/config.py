@@ -23,7 +23,8 @@ from octavo.data.facts import FactsConfig
 from octavo.data.prepare import DataConfig
 from octavo.errors import ConfigError, ConfigErrors, did_you_mean, nearest
 from octavo.eval.runner import EvalConfig
-from octavo.models.decoder import MODELS, Decoder
+from octavo.models.decoder import Decoder
+from octavo.models.tables import MODELS
 from octavo.predictors.kinds import PREDICTORS
 from octavo.predictors.settings import CountedConfig
 from octavo.schema import Config, one_of
