@@ -77,6 +77,8 @@ def prove(
     folder = _run_folder(run)
     stage = stage or next((name for name in TRAINED if saved_steps(folder.checkpoints_path(name))), "pretrain")
     found = saved_steps(folder.checkpoints_path(stage))
+    if not found and "count" in folder.stages():
+        raise ConfigError(f"{run} was counted: it has no steps to repeat", fix="count the text again in another folder")
     if not found:
         raise CheckpointError(f"{run} has no whole checkpoint of stage {stage}", fix="train until one is saved")
     last = _step(found[0])

@@ -30,12 +30,16 @@ def convert(
     Example: [bold]octavo convert model.gguf my-model[/bold]   ·   [bold]octavo convert --from-pickle ckpt.pt gpt[/bold]
     """
     from octavo.hub import vocabulary
+    from octavo.predictors.predictor import NGramPredictor
 
     if target.exists() or target.is_symlink():
         raise ConfigError(f"{target} exists, and nothing is overwritten", fix="give another name")
     given = None if tokenizer is None else vocabulary.load(tokenizer, {"bos": "<|bos|>"})
     lm = _open(source, given, dtype, from_pickle)
     name = write_aside(lm, target, family)
+    if isinstance(lm.model, NGramPredictor):
+        typer.echo(f"{target}: {name}, counted, {lm.tokenizer.vocab_size:,} token ids")
+        return
     n = sum(parameter.numel() for parameter in lm.model.parameters())
     kind = str(next(lm.model.parameters()).dtype).removeprefix("torch.")
     typer.echo(f"{target}: {name}, {n:,} parameters in {kind}, {lm.tokenizer.vocab_size:,} token ids")

@@ -54,6 +54,7 @@ def longcontext(
     from octavo.eval import long_context
     from octavo.files import make_folder, write_json
     from octavo.language_model import load
+    from octavo.predictors.predictor import NGramPredictor
     from octavo.report import long_context as shown
     from octavo.run import find_model
     from octavo.training.progress import Console
@@ -67,6 +68,8 @@ def longcontext(
         if path is not None:
             make_folder(path.parent)
     lm = load(model)
+    if isinstance(lm.model, NGramPredictor):
+        raise ConfigError(f"{model} was counted: it reads every text in the same way", fix="give a trained model")
     plan = long_context.Plan(
         wanted, trained or lm.max_seq_len, names, texts=texts, trials=trials, choices=choices, seed=seed
     )
