@@ -30,6 +30,7 @@ from octavo.predictors.settings import CountedConfig
 from octavo.schema import Config, one_of
 from octavo.tokenizer.config import ByteBPE, TokenizerConfig
 from octavo.training.settings import TrainConfig
+from octavo.vectors.config import StartVectors
 
 MAX_BYTES, MAX_ENTRIES, MAX_DEPTH, MAX_DIGITS = 1 << 18, 20_000, 50, 300
 # What PyYAML raises, of its own and by accident, where a tag stands before what it cannot be.
@@ -72,6 +73,7 @@ class Recipe(Config):
     data: DataConfig | None = None
     tokenizer: TokenizerConfig = ByteBPE()
     model: one_of({**MODELS, **PREDICTORS, "pretrained": Pretrained}, default="decoder") = Decoder.Config()  # type: ignore[valid-type]
+    vectors: StartVectors | None = Field(default=None, description="word vectors that the embedding starts from")
     train: TrainConfig | None = None
     tune: TuneConfig | None = None
     eval: EvalConfig | None = EvalConfig()
@@ -79,6 +81,8 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _possible(self) -> Recipe:
         pretrained = isinstance(self.model, Pretrained.Config)
+        if self.vectors is not None and (isinstance(self.model, Pretrained.Config) or self.train is None):
+            raise ValueError("vectors are what a fresh model starts from: leave the vectors section out")
         if isinstance(self.model, CountedConfig):
             return self._countable(self.model)
         if self.train is not None and self.data is None:
