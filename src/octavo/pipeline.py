@@ -46,6 +46,7 @@ from octavo.training.progress import Console
 from octavo.training.room import told_when_it_runs_out
 from octavo.training.settings import TrainConfig
 from octavo.training.tracking import tensorboard
+from octavo.vectors import embedding
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -122,7 +123,7 @@ class Pipeline:
         if isinstance(r.model, CountedConfig):
             found.append(("count", self.count, r.model.model_dump(mode="json")))
         if r.train is not None:
-            deciding = [r.model.model_dump(mode="json"), _deciding(r.train), r.tune is not None]
+            deciding = [r.model.model_dump(mode="json"), _deciding(r.train), r.tune is not None, *self._vectors()]
             found.append(("pretrain", self.pretrain, deciding))
         if r.tune is not None:
             told = self._told(r.tune.data) if isinstance(r.tune.data, ChatData) else None
@@ -171,6 +172,19 @@ class Pipeline:
                 raise
             return before
         return fingerprint(path, [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+
+    def _vectors(self) -> list[Any]:
+        """Of the word vectors that the embedding starts from; a finished stage needs their file no longer."""
+        config = self.recipe.vectors
+        if config is None:
+            return []
+        try:
+            return [config.scale, sha256_file(config.path)]
+        except OSError:
+            before = self.folder.stages().get("pretrain", {}).get("vectors")
+            if before is None:
+                raise DataError(f"vectors.path {config.path} cannot be read", fix="check the path") from None
+            return [config.scale, before]
 
     @property
     def resume_command(self) -> str:
@@ -247,7 +261,9 @@ class Pipeline:
         )
         figures = ready.trainer.fit()
         ready.lm.save(self.folder.base_path if recipe.tune else self.folder.model_path)
+        vectors = {"vectors": self._vectors()[1]} if recipe.vectors else {}
         return {
+            **vectors,
             "train_flops_per_token": ready.trainer.held.train_flops_per_token,
             "epochs": round(epochs, 4),
             "tokens": config.steps * source.rows * seq_len,
@@ -281,7 +297,7 @@ class Pipeline:
         if config is None:
             raise ConfigError(f"the recipe has no stage {stage}", fix="add its section, or name another stage")
         tokenizer = self._tokenizer()
-        shape, start = self._start(tokenizer)
+        shape, start = self._start(tokenizer, stage)
         seq_len = feed.seq_len_of(config, shape.max_seq_len)
         scale = None
         if stage == "pretrain":
@@ -389,17 +405,27 @@ class Pipeline:
         elif isinstance(self.recipe.model, Pretrained.Config):
             folder = find_model(self.recipe.model.path)
         else:
-            return ""
+            return fingerprint(self._vectors()) if self.recipe.vectors else ""
         return fingerprint([(file.name, sha256_file(file)) for file in sorted(folder.glob("*.safetensors"))])
 
-    def _start(self, tokenizer: Tokenizer) -> tuple[Decoder.Config, Callable[[], Decoder]]:
+    def _start(self, tokenizer: Tokenizer, stage: str) -> tuple[Decoder.Config, Callable[[], Decoder]]:
         """The model before training, and how it is made: fresh, or the pretrained one a recipe names."""
         config = self.recipe.model
         if isinstance(config, Pretrained.Config):
             model = load(config.path).model
             return model.config, lambda: model
         config = _sized(config, tokenizer)
-        return config, lambda: build(config, seed=self.recipe.seed)
+        vectors = self.recipe.vectors if stage == "pretrain" else None
+        if vectors is not None:
+            embedding.check_width(vectors, config.d_model)
+
+        def fresh() -> Decoder:
+            model = build(config, seed=self.recipe.seed)
+            if vectors is not None:
+                self.console.note(str(embedding.fill(model, tokenizer, vectors)))
+            return model
+
+        return config, fresh
 
     def _tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.folder.path / "tokenizer")
