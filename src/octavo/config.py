@@ -78,6 +78,16 @@ class Recipe(Config):
     tune: TuneConfig | None = None
     eval: EvalConfig | None = EvalConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, raw: Any) -> Any:
+        model = raw.get("model") if isinstance(raw, Mapping) else None
+        if not (isinstance(model, Mapping) and "preset" in model):
+            return raw
+        from octavo.presets import expand
+
+        return {**raw, "model": expand(model)}
+
     @model_validator(mode="after")
     def _possible(self) -> Recipe:
         pretrained = isinstance(self.model, Pretrained.Config)
@@ -144,10 +154,7 @@ class Recipe(Config):
         Raises:
             ConfigErrors: everything that is wrong with it.
         """
-        text, where = _read(name_or_path)
-        raw, lines = _read_yaml(text, where)
-        if not isinstance(raw, dict):
-            raise ConfigErrors([ConfigError(f"{where} is not a mapping of sections", fix="see `octavo schema`")])
+        raw, lines, where = read_mapping(name_or_path)
         raw = apply_overrides(raw, overrides, lines)
         return cls.parse(raw, where, lines)
 
@@ -221,6 +228,22 @@ def _read_yaml(text: str, where: str) -> tuple[Any, dict[tuple[Any, ...], str | 
         why = " ".join(str(getattr(error, "problem", None) or error).split())
         line = f"{where}:{mark.line + 1}" if mark else where
         raise ConfigErrors([ConfigError(f"{where} cannot be read as YAML: {why}", where=line, fix="mend it")]) from None
+
+
+def read_mapping(
+    name_or_path: str | Path, shown: str = ""
+) -> tuple[dict[str, Any], dict[tuple[Any, ...], str | int], str]:
+    """A recipe's plain values, the line of every key, and the file's name for errors (``shown`` instead, if given).
+
+    Raises:
+        ConfigErrors: it cannot be read, or is no mapping.
+    """
+    text, where = _read(name_or_path)
+    where = shown or where
+    raw, lines = _read_yaml(text, where)
+    if not isinstance(raw, dict):
+        raise ConfigErrors([ConfigError(f"{where} is not a mapping of sections", fix="see `octavo schema`")])
+    return raw, lines, where
 
 
 def names() -> list[str]:

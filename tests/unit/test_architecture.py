@@ -37,9 +37,10 @@ MAY_SEE: dict[str, set[str]] = {
     "eval": {"ngrams", "nn", "models", "tokenizer", "infer", "report"},
     "serve": {"tokenizer", "infer"},
     "vectors": {"nn", "tokenizer"},
+    "presets": {"hub", "models"},
 }
 # These put the rooms together; only the command line stands above them.
-ASSEMBLY = {"comparing", "config", "feed", "language_model", "launch", "pipeline", "plan", "repeat"}
+ASSEMBLY = {"comparing", "config", "count", "feed", "language_model", "launch", "pipeline", "plan", "repeat"}
 
 TORCH_FREE = (
     "octavo", "octavo.run", "octavo.schema", "octavo.cli.main",

@@ -46,6 +46,7 @@ VERBS: dict[str, Verb] = {
     "quickstart": Verb("octavo.cli.run", MAKE, "From raw text to a chat prompt in minutes.", ("quickstart",)),
     "run": Verb("octavo.cli.run", MAKE, "Run a whole recipe: data, tokenizer, training, tuning, scores, report."),
     "plan": Verb("octavo.cli.plan", MAKE, "Forecast memory, speed and time of a training on this machine."),
+    "count": Verb("octavo.cli.count", KNOW, "Count what a model of any shape weighs and costs, without its weights."),
     "train": Verb("octavo.cli.train", MAKE, "Pretrain a model on text."),
     "tune": Verb("octavo.cli.tune", MAKE, "Tune a model on conversations or instruction pairs."),
     "resume": Verb("octavo.cli.resume", MAKE, "Go on with a stopped run exactly where it was."),
