@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from octavo.nn.activation import ACTIVATIONS, ActivationName
 from octavo.nn.contracts import Context
+from octavo.nn.dropout import dropout
 from octavo.nn.projection import Projection
 from octavo.nn.tables import NORMS
 from octavo.schema import Config, component
@@ -86,7 +86,7 @@ class Classes(nn.Module):
         self.out = Projection(d_model, config.n, "head", bias=config.bias)
 
     def forward(self, hidden: Tensor, ctx: Context) -> Tensor:
-        return self.out(F.dropout(self.read(hidden, ctx), self.config.dropout, self.training))
+        return self.out(dropout(self.read(hidden, ctx), self.config.dropout, self.training))
 
     def read(self, hidden: Tensor, ctx: Context) -> Tensor:
         """What the classes are read from, (B, D) or (B, T, D); padding stands at the end of each row."""

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.nn.contracts import full_precision
+from octavo.nn.dropout import draw_seed, dropout_of_weights
 from octavo.nn.flash import tiled
 from octavo.nn.kernels import attention
 
@@ -76,7 +77,8 @@ def plain(
     B, H, T, _ = q.shape
     G, S = v.shape[1], v.shape[2]
     weights = attention_weights(q, k, mask, causal=causal, scale=scale, softcap=softcap, bias=bias, sinks=sinks)
-    weights = F.dropout(weights, dropout)
+    if dropout:
+        weights = dropout_of_weights(weights, draw_seed(), dropout)
     y = torch.einsum("bgrts,bgsk->bgrtk", weights.reshape(B, G, H // G, T, S), v)
     return y.reshape(B, H, T, v.shape[-1])
 
@@ -165,11 +167,11 @@ def by_ranges(backend: AttendName, q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def causal_by_ranges(
-    q: Tensor, k: Tensor, v: Tensor, first: Tensor | None = None, *, scale: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, first: Tensor | None = None, *, scale: float | None = None, dropout: float = 0.0
 ) -> Tensor:
     """``kernels.attention.causal``, also where values are not as wide as keys."""
     width, scale = v.shape[-1], scale or q.shape[-1] ** -0.5
-    return attention.causal(*_equally_wide(q, k, v), first, scale=scale)[..., :width]
+    return attention.causal(*_equally_wide(q, k, v), first, scale=scale, dropout=dropout)[..., :width]
 
 
 def _equally_wide(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

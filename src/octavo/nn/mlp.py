@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from octavo.nn.activation import ACTIVATIONS, ActivationName
 from octavo.nn.contracts import Aux, Capabilities, Context, Dims, Mixer
+from octavo.nn.dropout import dropout
 from octavo.nn.projection import Projection
 from octavo.nn.state import LayerState
 from octavo.schema import Config
@@ -37,7 +37,7 @@ class Mlp(Mixer):
 
     def forward(self, x: Tensor, ctx: Context, state: LayerState | None = None) -> tuple[Tensor, Aux]:
         hidden = self.activation(self.up(x))
-        return self.down(F.dropout(hidden, self.config.dropout, self.training)), {}
+        return self.down(dropout(hidden, self.config.dropout, self.training)), {}
 
     def flops(self, n_queries: int, n_keys: int) -> int:
         return 2 * n_queries * (self.up.d_in * self.up.d_out + self.down.d_in * self.down.d_out)
@@ -73,7 +73,7 @@ class Glu(Mixer):
 
     def forward(self, x: Tensor, ctx: Context, state: LayerState | None = None) -> tuple[Tensor, Aux]:
         hidden = self.activation(self.gate(x)) * self.up(x)
-        return self.down(F.dropout(hidden, self.config.dropout, self.training)), {}
+        return self.down(dropout(hidden, self.config.dropout, self.training)), {}
 
     def flops(self, n_queries: int, n_keys: int) -> int:
         return 2 * n_queries * 3 * self.up.d_in * self.up.d_out

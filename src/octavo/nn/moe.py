@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from octavo.nn import router
 from octavo.nn.activation import ACTIVATIONS, ActivationName
 from octavo.nn.contracts import Aux, Capabilities, Context, Dims, Mixer, full_precision
+from octavo.nn.dropout import dropout
 from octavo.nn.grouped import add_rows, take_rows
 from octavo.nn.mlp import Glu, Mlp
 from octavo.nn.projection import GroupedProjection, Projection
@@ -84,14 +85,14 @@ class Experts(nn.Module):
         rows = take_rows(x, at)
         hidden = self.activation((self.gate or self.up)(rows, ends))
         hidden = hidden * self.up(rows, ends) if self.gate else hidden
-        y = self.down(F.dropout(hidden, self.dropout, self.training), ends)
+        y = self.down(dropout(hidden, self.dropout, self.training), ends)
         return add_rows(y * weight.gather(0, order)[:, None].to(y.dtype), at, len(x))
 
     def every(self, x: Tensor) -> Tensor:
         """Every expert on every token: (N, D) to (E, N, D)."""
         hidden = self.activation((self.gate or self.up).every(x))
         hidden = hidden * self.up.every(x) if self.gate else hidden
-        return self.down.every(F.dropout(hidden, self.dropout, self.training))
+        return self.down.every(dropout(hidden, self.dropout, self.training))
 
     def n_parameters(self) -> int:
         return sum(product.n_parameters() for product in self._products())

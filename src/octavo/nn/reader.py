@@ -92,7 +92,8 @@ class FullReader(Reader):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if self.ranged and self._by_ranges(q, k, v, ctx, state, reading):
             first = None if self.reads_all(ctx) else self.first_keys(ctx)
-            return causal_by_ranges(q, k, v, first, scale=reading.scale).transpose(1, 2)
+            y = causal_by_ranges(q, k, v, first, scale=reading.scale, dropout=reading.dropout)
+            return y.transpose(1, 2)
         # Only when nothing is packed, padded, cached or windowed does a flag say all that the mask would.
         flag = self.reads_all(ctx) and ctx.causal and ctx.bias is None
         return attend_masked(q, k, v, None if flag else self.mask(ctx, keys), ctx, keys, reading, flag).transpose(1, 2)
@@ -113,7 +114,7 @@ class FullReader(Reader):
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, state: LayerState | None, reading: Reading
     ) -> bool:
         told = reading.training and ctx.causal and state is None and "attention" not in ctx.record
-        bare = not reading.dropout and reading.softcap is None and reading.sinks is None and ctx.bias is None
+        bare = reading.softcap is None and reading.sinks is None and ctx.bias is None
         return told and bare and by_ranges(reading.backend, q, k, v)
 
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from octavo.nn.contracts import Capabilities, full_precision
+from octavo.nn.dropout import dropout
 from octavo.nn.reader import Reading
 from octavo.nn.reader_scores import Places, ScoringReader, products, softmax, turn, weighted
 from octavo.schema import Config
@@ -175,7 +175,7 @@ class LongHeadsReader(ScoringReader):
         scores = torch.einsum("bhtnk,bhtnlk->bhtnl", each, keys).flatten(3) * (reading.scale or K**-0.5)
         allowed = (chosen[..., None] & blocks.inside[rows, picked]).flatten(3) & earlier
         weights = softmax(scores, allowed, reading)
-        used = F.dropout(weights.to(v.dtype), reading.dropout)
+        used = dropout(weights.to(v.dtype), reading.dropout)
         y = torch.einsum("bhts,bhtsk->bthk", used, v[rows, columns, group])
         return y, weights.new_zeros(B, H, T, places.keys.shape[1]).scatter_add(-1, columns, weights)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from octavo.errors import UnsupportedError
 from octavo.nn.contracts import Context, Keys, full_precision
+from octavo.nn.dropout import dropout
 from octavo.nn.position import Rotation
 from octavo.nn.reader import Reader, Reading
 from octavo.nn.state import LayerState, StateField, StateSpec
@@ -64,7 +65,7 @@ def weighted(weights: Tensor, v: Tensor, reading: Reading) -> Tensor:
     """The mean of v (B, S, G, K) under weights (B, H, T, S): (B, T, H, K)."""
     B, H, T, S = weights.shape
     G = v.shape[2]
-    used = F.dropout(weights.to(v.dtype), reading.dropout).reshape(B, G, H // G, T, S)
+    used = dropout(weights.to(v.dtype), reading.dropout).reshape(B, G, H // G, T, S)
     return torch.einsum("bgrts,bsgk->btgrk", used, v).reshape(B, T, H, v.shape[-1])
 
 

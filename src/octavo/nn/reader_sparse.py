@@ -84,7 +84,7 @@ class StridedReader(SparseReader):
         # Token t goes to row t mod l; the padding that makes the rows equal stands last and is read by nobody else.
         q, k, v = (_columns(F.pad(x, (0, 0, 0, 0, 0, -T % stride)), stride) for x in (q, k, v))
         if self._by_ranges(q, k, v, ctx, state, reading):
-            y = causal_by_ranges(q, k, v, scale=reading.scale)
+            y = causal_by_ranges(q, k, v, scale=reading.scale, dropout=reading.dropout)
         else:
             y = attend_masked(q, k, v, None, ctx, ctx.keys, reading, flag=True)
         H, n, K = y.shape[1:]

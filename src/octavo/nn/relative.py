@@ -6,12 +6,12 @@ from abc import abstractmethod
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from octavo.nn.attend import ATTENDS, attention_weights
 from octavo.nn.contracts import Aux, Context, Dims, Heads, Mixer
+from octavo.nn.dropout import dropout
 from octavo.nn.position import sinusoid
 from octavo.nn.position_bias import behind
 from octavo.nn.projection import Embedding, Projection
@@ -120,7 +120,7 @@ class Shaw(RelativeAttention):
         weights = attention_weights(q, k, mask, bias=bias * scale)
         if "attention" in ctx.record:
             ctx.recorded.setdefault("attention", []).append(weights)
-        weights = F.dropout(weights, self.config.dropout, self.training)
+        weights = dropout(weights, self.config.dropout, self.training)
         if self.config.backend == "plain":
             return weights @ v + torch.einsum("bhts,btsk->bhtk", weights, self.value_table(place))
         sums = weights.new_zeros(*weights.shape[:3], self.value_table.n)

@@ -362,13 +362,13 @@ def kernels_called(monkeypatch, made: Attention, grad: bool = True, **named) -> 
 def test_where_the_kernel_is_taken(monkeypatch):
     assert kernels_called(monkeypatch, mixer()) == kernels_called(monkeypatch, mixer(backend="kernel")) == 1
     assert kernels_called(monkeypatch, mixer().bfloat16()) == kernels_called(monkeypatch, mixer(window=3)) == 1
-    assert kernels_called(monkeypatch, mixer(gate="head", v_rank=3)) == 1
+    assert kernels_called(monkeypatch, mixer(gate="head", v_rank=3, dropout=0.1)) == 1
     assert kernels_called(monkeypatch, mixer(reader={"kind": "fixed", "stride": 4, "part": "block"})) == 1
     recorded = context(2, 10, "causal")[0]
     recorded.record = frozenset({"attention"})
     for made, named in (
         (mixer(backend="sdpa"), {}), (mixer(backend="plain"), {}), (mixer().eval(), {}), (mixer().double(), {}),
-        (mixer(dropout=0.1), {}), (mixer(softcap=5.0), {}), (mixer(), {"grad": False}), (mixer(), {"ctx": recorded}),
+        (mixer(softcap=5.0), {}), (mixer(), {"grad": False}), (mixer(), {"ctx": recorded}),
         (mixer(sinks=True), {}), (mixer(backend="tiled"), {}), (mixer(reader={"kind": "strided", "stride": 4}), {}),
     ):  # fmt: skip
         assert kernels_called(monkeypatch, made, **named) == 0

@@ -4,7 +4,8 @@
 // softmax's sum per query, the backward computes the probabilities again, block by block. What a block's products
 // are computed with is a policy, the "unit": vector registers (tiles_vector.h) or AMX tiles (tiles_amx.h).
 //
-// Which keys a query reads is a range, first[t] .. t. Blocks outside it are never computed.
+// Which keys a query reads is a range, first[t] .. t. Blocks outside it are never computed. Dropout acts on the
+// probabilities, after their sum; its mask is computed again in the backward (dropout.h).
 //
 // Results are the same to the last bit for any number of threads: every output is the sum of the same terms in the
 // same order, however the tasks are cut.
@@ -78,6 +79,7 @@ struct Call {
   float scale;
   int threads;
   const int32_t* first;  // (B, T), or null: every query reads from 0
+  Dropout dropout;
   const int32_t* row(int64_t b) const { return first == nullptr ? nullptr : first + b * n.T; }
   float scale2() const { return scale * 1.44269504088896341f; }  // the softmax is done in powers of 2
 };
@@ -126,6 +128,7 @@ bool forward(const Call& call, Tensor<const X> q, Tensor<const X> k, Tensor<cons
       for (int64_t h = g * group; h < (g + 1) * group; ++h) {  // the group's heads lie side by side in memory
         const int64_t lanes = std::min(L, padded - q0), end = q0 + lanes;
         f.queries(ranges, q.head(b, h), q0, lanes);
+        f.draws.queries(call.dropout.of(b * H + h), q0);
         for (int64_t k0 = ranges.begin(q0, grain); k0 < end; k0 += KB) {
           const int n = stripes(ranges, k0, std::min(k0 + KB, end), q0, lanes, int(grain), stripe);
           if (n) f.block(ranges, stripe, n, k0, q0, lanes, call.scale2());
@@ -168,6 +171,7 @@ bool backward(const Call& call, Tensor<const X> grad, Tensor<const X> q, Tensor<
         const int64_t at = b * H + h, place = at * query_blocks + qb;
         float* const sums = split ? reinterpret_cast<float*>(common + place * sums_bytes) : own;
         f.queries(ranges, q.head(b, h), grad.head(b, h), o.head(b, h), lse + at * T, q0, lanes);
+        f.draws.queries(call.dropout.of(at), q0);
         for (int64_t kb = std::max(kb0, first_block); kb < std::min(kb1, last_block + 1); ++kb) {
           const int64_t k0 = kb * KB;
           const int n = stripes(ranges, k0, std::min(k0 + KB, end), q0, lanes, int(grain), stripe);
@@ -205,8 +209,18 @@ template <class Unit> bool backward(const Call& call, const int64_t* s, void* co
 
 bool tiles = false;  // whether bf16 runs on them
 
-Call call_of(const int64_t* shape, float scale, int threads, const int32_t* first) {
-  return {{shape[0], shape[1], shape[2], shape[3], shape[4]}, scale, std::max(threads, 1), first};
+Call call_of(const int64_t* shape, float scale, int threads, const int32_t* first, Dropout dropout) {
+  return {{shape[0], shape[1], shape[2], shape[3], shape[4]}, scale, std::max(threads, 1), first, dropout};
+}
+
+template <class X> void drop(const Dropout& dropout, const X* from, X* to, int64_t n, int threads) {
+  const int64_t at_once = 16 * kRowOfFlat;
+  std::atomic<int64_t> next{0};
+  in_parallel(int(std::min<int64_t>(threads, (n + at_once - 1) / at_once)), [&] {
+    for (int64_t begin; (begin = at_once * next++) < n;)
+      for (int64_t i = begin; i < std::min(begin + at_once, n); i += kRowOfFlat)
+        drop_row(dropout.of(i / kRowOfFlat), from + i, to + i, std::min(kRowOfFlat, n - i));
+  });
 }
 
 }  // namespace
@@ -228,12 +242,12 @@ int attention_tiles() { return octavo::tiles; }
 
 // shape = {B, H, G, T, K}. strides: three (batch, head, time) per tensor in the order of the pointers, in elements,
 // lse left out, which is contiguous (B, H, T); the last axis of every tensor is contiguous. bits: 32 for fp32, 16 for
-// bf16. Returns 0, or 1 where there was no memory.
+// bf16. Of 65536 probabilities about `least` are dropped. Returns 0, or 1 where there was no memory.
 // pointers of the forward: q, k, v, o, lse.
 int attention_forward(const int64_t* shape, const int64_t* strides, float scale, int threads, int bits,
-                      const int32_t* first, void* const* pointers) {
+                      const int32_t* first, int64_t seed, int least, void* const* pointers) {
   using namespace octavo;
-  const Call call = call_of(shape, scale, threads, first);
+  const Call call = call_of(shape, scale, threads, first, Dropout(seed, least));
 #if defined(OCTAVO_TILES)
   if (bits == 16 && tiles) return !forward<AmxUnit>(call, strides, pointers);
 #endif
@@ -243,14 +257,24 @@ int attention_forward(const int64_t* shape, const int64_t* strides, float scale,
 
 // pointers of the backward: dO, q, k, v, o, lse, dq, dk, dv.
 int attention_backward(const int64_t* shape, const int64_t* strides, float scale, int threads, int bits,
-                       const int32_t* first, void* const* pointers) {
+                       const int32_t* first, int64_t seed, int least, void* const* pointers) {
   using namespace octavo;
-  const Call call = call_of(shape, scale, threads, first);
+  const Call call = call_of(shape, scale, threads, first, Dropout(seed, least));
 #if defined(OCTAVO_TILES)
   if (bits == 16 && tiles) return !backward<AmxUnit>(call, strides, pointers);
 #endif
   return bits == 32 ? !backward<VectorUnit<float>>(call, strides, pointers)
                     : !backward<VectorUnit<bf16>>(call, strides, pointers);
+}
+
+// to = from where it is kept, times 65536 / (65536 - least); n contiguous numbers.
+void dropout(const void* from, void* to, int64_t n, int bits, int64_t seed, int least, int threads) {
+  using namespace octavo;
+  const Dropout how = Dropout(seed, least).of(0);
+  if (bits == 32)
+    drop(how, static_cast<const float*>(from), static_cast<float*>(to), n, threads);
+  else
+    drop(how, static_cast<const bf16*>(from), static_cast<bf16*>(to), n, threads);
 }
 
 #if defined(OCTAVO_EMULATED_TILES)

@@ -115,8 +115,10 @@ def load(path: Path) -> ctypes.CDLL:
     """
     try:
         library = ctypes.CDLL(str(path))
-        call = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_int, ctypes.c_int) + (ctypes.c_void_p,) * 2
+        address, whole, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+        call = (address, address, ctypes.c_float, whole, whole, address, long, whole, address)
         library.attention_forward.argtypes = library.attention_backward.argtypes = call
+        library.dropout.argtypes, library.dropout.restype = (address, address, long, whole, long, whole, whole), None
         library.attention_init.argtypes = (ctypes.c_void_p,)
         library.attention_init(team())
     except (OSError, AttributeError) as error:

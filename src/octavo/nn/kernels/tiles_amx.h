@@ -24,6 +24,7 @@
 #endif
 #endif
 
+#include "halves.h"
 #include "tiles_vector.h"
 
 namespace octavo {
@@ -98,67 +99,11 @@ inline void score_block(const bf16* a, const bf16* b, int64_t chunks, float* out
   sums_store(out, out + 16, out + 16 * kEdge, out + 16 * kEdge + 16, kEdge * 4);
 }
 
-// ------------------------------------------------------------------------------------------------ rows of 32 numbers
-
-// Columns column .. column + 32 of a row; zeros where it ends and where there is none.
-inline void fetch(const bf16* row, int64_t width, int64_t column, bf16* to) {
-  const int64_t n = row == nullptr ? 0 : std::max<int64_t>(0, std::min<int64_t>(width - column, 32));
-#if defined(__AVX512BW__)
-  _mm512_storeu_si512(to, n ? _mm512_maskz_loadu_epi16(__mmask32(0xffffffffull >> (32 - n)), row + column)
-                            : _mm512_setzero_si512());
-#else
-  std::memset(to, 0, 64);
-  if (n) std::memcpy(to, row + column, size_t(n) * 2);
-#endif
-}
-
-inline void round_row(const Floats* x, bf16* to) {
-#if defined(__AVX512BF16__)
-  _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]));
-#else
-  for (int i = 0; i < kEdge; ++i) to[i] = from_float<bf16>(x[i / kVector][i % kVector]);
-#endif
-}
-
-// Two rows become pairs, the form of right operands: columns 0 .. 15 to low, 16 .. 31 to high.
-inline void interleave(const bf16* row0, const bf16* row1, bf16* low, bf16* high) {
-#if defined(__AVX512BW__)
-  alignas(64) static constexpr uint16_t from_low[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                                        8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-  const __m512i a = _mm512_loadu_si512(row0), b = _mm512_loadu_si512(row1), index = _mm512_load_si512(from_low);
-  _mm512_storeu_si512(low, _mm512_permutex2var_epi16(a, index, b));
-  _mm512_storeu_si512(high, _mm512_permutex2var_epi16(a, _mm512_add_epi16(index, _mm512_set1_epi16(16)), b));
-#else
-  for (int i = 0; i < 16; ++i) {
-    low[2 * i] = row0[i], low[2 * i + 1] = row1[i];
-    high[2 * i] = row0[16 + i], high[2 * i + 1] = row1[16 + i];
-  }
-#endif
-}
-
-inline float dot(const bf16* a, const bf16* b, int64_t n) {
-  float total = 0.f;
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
-  __m512 sums = _mm512_setzero_ps();
-  for (int64_t i = 0; i < n; i += 32) {
-    const __mmask32 some = __mmask32(0xffffffffull >> (32 - std::min<int64_t>(32, n - i)));
-    sums = _mm512_dpbf16_ps(sums, (__m512bh)_mm512_maskz_loadu_epi16(some, a + i),
-                            (__m512bh)_mm512_maskz_loadu_epi16(some, b + i));
-  }
-  total = _mm512_reduce_add_ps(sums);
-#else
-  for (int64_t i = 0; i < n; ++i) total += to_float(a[i]) * to_float(b[i]);
-#endif
-  return total;
-}
-
 // ---------------------------------------------------------------------------------------------------------- packing
 
 // 32 rows of X, from row t on, as one of its operands; `at` says where a row of the tensor begins, or null.
-//   left:              X itself,  [tile of 16 rows][chunk of 32 columns]
-//   right_transposed:  X^T,       the same order, words of 32 bits transposed
-//   right:             X,         [chunk of 32 rows][tile of 16 columns], rows in pairs
-//   left_transposed:   X^T,       the same order, words transposed
+//   left: X itself, [tile of 16 rows][chunk of 32 columns]; right_transposed: X^T, its words of 32 bits transposed
+//   right: X, [chunk of 32 rows][tile of 16 columns], rows in pairs; left_transposed: X^T, its words transposed
 template <class At> void pack_left(At at, int64_t width, int64_t D, bf16* left) {
   for (int64_t i = 0; i < kEdge; ++i)
     for (int64_t c = 0; c < D / 32; ++c)
@@ -210,6 +155,7 @@ struct AmxUnit {
     bf16 *k, *v, *q, *p;
     float *scores, *sums, *scratch;
     alignas(64) float highest[kEdge], total[kEdge];
+    Draws<kEdge> draws;
 
     static int64_t bytes(int64_t D, int64_t n) {
       return 2 * Arena::bytes<bf16>(n * D) + Arena::bytes<bf16>(kEdge * D) + Arena::bytes<bf16>(KB * kEdge) +
@@ -261,14 +207,15 @@ struct AmxUnit {
       for (const Stripe* s = stripe; s < stripe + n; ++s)
         for (int64_t row = s->row0; row < s->row1; row += 2) {
           alignas(64) bf16 rounded[2][32];
-          for (int i = 0; i < 2; ++i) {
-            Floats x[kLanes];
-            for (int v = 0; v < kLanes; ++v) {
-              x[v] = exp2(load(scores + (row + i) * kEdge + v * kVector) * scale2 - now[v]);
-              sum[v] += x[v];
+          Floats x[2][kLanes];
+          for (int v = 0; v < kLanes; ++v) {
+            for (int i = 0; i < 2; ++i) {
+              x[i][v] = exp2(load(scores + (row + i) * kEdge + v * kVector) * scale2 - now[v]);
+              sum[v] += x[i][v];
             }
-            round_row(x, rounded[i]);
+            if (draws.least) draws.drop(v * kVector, k0 + row, x[0][v], x[1][v]);
           }
+          for (int i = 0; i < 2; ++i) round_row(x[i], rounded[i]);
           bf16* to = p + row / 32 * 2 * kTile + row % 32 * 16;
           interleave(rounded[0], rounded[1], to, to + kTile);
         }
@@ -295,7 +242,7 @@ struct AmxUnit {
       float factor[kEdge] = {};
       for (int64_t t = 0; t < std::min(kEdge, r.T - q0); ++t) {
         const bool empty = total[t] == 0.f;
-        factor[t] = empty ? 0.f : 1.f / total[t];
+        factor[t] = empty ? 0.f : draws.factor / total[t];
         lse[q0 + t] = empty ? std::numeric_limits<float>::infinity() : highest[t] + std::log2(total[t]);
       }
       for (int64_t t = 0; t < kEdge; t += 16)
@@ -308,6 +255,7 @@ struct AmxUnit {
     const int64_t width, D, base;
     bf16 *k, *kt, *v, *qt, *q, *gradt, *grad, *p, *ds, *ds_right;
     float *dk, *dv, *st, *dp, *lse, *delta, *scratch;
+    Draws<L> draws;
 
     static int64_t bytes(int64_t D, int64_t n) {
       return 3 * Arena::bytes<bf16>(n * D) + 4 * Arena::bytes<bf16>(L * D) + 3 * Arena::bytes<bf16>(KB * L) +
@@ -381,12 +329,17 @@ struct AmxUnit {
       bf16* right_ds = ds_right + (j / 32 * (L / 16) + i / 16) * kTile;
       for (int64_t row = 0; row < kEdge; row += 2) {
         const int64_t at = row / 16 * (L / 32) * kTile + row % 16 * 32;
+        Floats kept[2][kLanes], x[kLanes], y[kLanes];
+        for (int v = 0; v < kLanes; ++v) {
+          kept[0][v] = kept[1][v] = spread(draws.factor);
+          if (draws.least) draws.drop(i + v * kVector, k0 + j + row, kept[0][v], kept[1][v]);
+        }
         for (int64_t e = 0; e < 2; ++e) {
-          Floats x[kLanes], y[kLanes];
           for (int v = 0; v < kLanes; ++v) {
             const int64_t from = (row + e) * kEdge + v * kVector;
-            x[v] = exp2(load(st + from) * scale2 - load(lse + i + v * kVector));
-            y[v] = x[v] * (load(dp + from) - load(delta + i + v * kVector));
+            const Floats p = exp2(load(st + from) * scale2 - load(lse + i + v * kVector));
+            x[v] = p * kept[e][v];
+            y[v] = p * (load(dp + from) * kept[e][v] - load(delta + i + v * kVector));
           }
           round_row(x, left + at + e * 32);
           round_row(y, left_ds + at + e * 32);

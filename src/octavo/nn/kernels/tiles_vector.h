@@ -6,6 +6,7 @@
 
 #include <cmath>
 
+#include "dropout.h"
 #include "ranges.h"
 
 namespace octavo {
@@ -114,6 +115,7 @@ template <class X> struct VectorUnit {
     static constexpr int64_t L = kForwardLanes;
     const int64_t width, D, base;
     float *k, *v, *rows, *q, *scores, *sums, *highest, *total;
+    Draws<L> draws;
 
     // base: the first key that will be read; n: how many keys there are from there, padding included
     static int64_t bytes(int64_t D, int64_t n) {
@@ -150,12 +152,12 @@ template <class X> struct VectorUnit {
                               s->lane1 - s->lane0, D);
         mask(r, *s, k0, q0, scores, L);
       }
-      for (int64_t lane = 0; lane < lanes; lane += kVector) softmax(stripe, n, lane, scale2);
+      for (int64_t lane = 0; lane < lanes; lane += kVector) softmax(stripe, n, k0, lane, scale2);
       for (const Stripe* s = stripe; s < stripe + n; ++s)
         product<true, true>(v + (k0 - base + s->row0) * D, D, scores + s->row0 * L + s->lane0, L, sums + s->lane0, L,
                             D, s->lane1 - s->lane0, s->row1 - s->row0);
     }
-    void softmax(const Stripe* stripe, int n, int64_t lane, float scale2) {
+    void softmax(const Stripe* stripe, int n, int64_t k0, int64_t lane, float scale2) {
       const auto inside = [&](const Stripe* s) { return s->lane0 <= lane && lane < s->lane1; };
       const Floats before = load(highest + lane);
       Floats top = spread(-std::numeric_limits<float>::infinity()), other = top;
@@ -173,11 +175,12 @@ template <class X> struct VectorUnit {
         if (inside(s))
           for (int64_t row = s->row0; row < s->row1; row += 2) {
             float* at = scores + row * L + lane;
-            const Floats p0 = exp2(load(at) * scale2 - now), p1 = exp2(load(at + L) * scale2 - now);
-            store(at, p0);
-            store(at + L, p1);
+            Floats p0 = exp2(load(at) * scale2 - now), p1 = exp2(load(at + L) * scale2 - now);
             sum0 += p0;
             sum1 += p1;
+            if (draws.least) draws.drop(lane, k0 + row, p0, p1);
+            store(at, p0);
+            store(at + L, p1);
           }
       store(highest + lane, now);
       store(total + lane, load(total + lane) * shrink + (sum0 + sum1));
@@ -192,7 +195,7 @@ template <class X> struct VectorUnit {
       float factor[L];
       for (int64_t t = 0; t < n; ++t) {
         const bool empty = total[t] == 0.f;
-        factor[t] = empty ? 0.f : 1.f / total[t];
+        factor[t] = empty ? 0.f : draws.factor / total[t];
         lse[q0 + t] = empty ? std::numeric_limits<float>::infinity() : highest[t] + std::log2(total[t]);
       }
       write_panel(sums, L, D, factor, q0, q0 + n, width, out, rows);
@@ -203,6 +206,7 @@ template <class X> struct VectorUnit {
     static constexpr int64_t L = kBackwardLanes;
     const int64_t width, D, base;
     float *k, *v, *dk, *dv, *q, *grad, *qt, *gradt, *p, *ds, *lse, *delta, *scratch;
+    Draws<L> draws;
 
     // n keys from base on, padding included
     static int64_t bytes(int64_t D, int64_t n) {
@@ -248,7 +252,8 @@ template <class X> struct VectorUnit {
       transpose_panel(q, D, lanes, qt, L);
       transpose_panel(grad, D, lanes, gradt, L);
     }
-    // One block of probabilities and of their gradients, dV += P^T dO and dK += dS^T Q.
+    // One block of probabilities and of their gradients, dV += P^T dO and dK += dS^T Q. With dropout P is what was kept
+    // of it in the first product, and so is its gradient; delta is the same sum.
     void block(const Ranges& r, const Stripe* stripe, int n, int64_t k0, int64_t q0, float scale2) {
       const int64_t at_k = (k0 - base) * D;
       for (const Stripe* s = stripe; s < stripe + n; ++s) {
@@ -258,10 +263,19 @@ template <class X> struct VectorUnit {
         mask(r, *s, k0, q0, p, L);
         for (int64_t lane = s->lane0; lane < s->lane1; lane += kVector) {
           const Floats l = load(lse + lane), e = load(delta + lane);
-          for (int64_t i = s->row0 * L + lane; i < s->row1 * L; i += L) {
-            const Floats x = exp2(load(p + i) * scale2 - l);
-            store(p + i, x);
-            store(ds + i, x * (load(ds + i) - e));
+          for (int64_t row = s->row0; row < s->row1; row += 2) {
+            float *to_p = p + row * L + lane, *to_ds = ds + row * L + lane;
+            const Floats x0 = exp2(load(to_p) * scale2 - l), x1 = exp2(load(to_p + L) * scale2 - l);
+            Floats kept0 = x0, kept1 = x1, slope0 = load(to_ds), slope1 = load(to_ds + L);
+            if (draws.least) {
+              Floats m0 = spread(draws.factor), m1 = m0;
+              draws.drop(lane, k0 + row, m0, m1);
+              kept0 *= m0, kept1 *= m1, slope0 *= m0, slope1 *= m1;
+            }
+            store(to_p, kept0);
+            store(to_p + L, kept1);
+            store(to_ds, x0 * (slope0 - e));
+            store(to_ds + L, x1 * (slope1 - e));
           }
         }
       }
