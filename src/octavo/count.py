@@ -55,13 +55,13 @@ class Count:
 def count(config: Any, name: str, length: int | None = None, dtype: str = "bf16") -> Count:
     """Count a model's configuration; ``length`` is max_seq_len, but 4,096 at most, if not given."""
     model = build(config, device="meta")
-    length = length or min(model.max_seq_len, 4096)
+    rows = length or min(model.max_seq_len, 4096)
     kept, specs = DTYPES[dtype], model.state_specs()
     one, two = (state_bytes(specs, n, kept) for n in (1, 2))
-    total = cost(model, length, kept)
+    total = cost(model, rows, kept)
     further = further_parameters(model)
     return Count(
-        name, length, dtype,
+        name, rows, dtype,
         parameters=total.parameters - further,
         further=further,
         active=active_parameters(model),
@@ -70,8 +70,8 @@ def count(config: Any, name: str, length: int | None = None, dtype: str = "bf16"
         state_constant=2 * one - two,
         state=total.state_bytes,
         all_heads_per_token=kept.itemsize * sum(_head_channels(mixer) for mixer in model.mixers().values()),
-        forward_flops=total.forward_flops / length,
-        train_flops=total.train_flops / length,
+        forward_flops=total.forward_flops / rows,
+        train_flops=total.train_flops / rows,
     )  # fmt: skip
 
 
