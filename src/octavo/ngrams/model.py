@@ -16,9 +16,10 @@ from pydantic import Field
 
 from octavo.errors import ConfigError, DataError
 from octavo.ngrams import storage
+from octavo.ngrams.backing_off import SMOOTHINGS, SmoothingConfig
 from octavo.ngrams.counting import Documents, NGramCounts, flatten, places
 from octavo.ngrams.estimate import estimate, find_best
-from octavo.ngrams.smoothing import Outcomes, Smoothed, SmoothingConfig
+from octavo.ngrams.smoothing import Outcomes, Smoothed, Smoothing
 from octavo.schema import Config, component
 
 DENSE_BYTES = 64 << 20
@@ -267,9 +268,7 @@ class NGram:
         return storage.load(cls, folder, verify=verify)
 
 
-def smoothing_of(config: NGram.Config) -> Any:
-    from octavo.ngrams.smoothing import SMOOTHINGS
-
+def smoothing_of(config: NGram.Config) -> Smoothing:
     return component(SMOOTHINGS, config.smoothing.kind)(config.smoothing)
 
 

@@ -1,4 +1,4 @@
-"""Smoothings: how counts become probabilities. One class each, chosen by ``kind`` from the table ``SMOOTHINGS``.
+"""Smoothings: how counts become probabilities. One class each, chosen by ``kind`` from the table in ``backing_off``.
 
 All of them are written in one form. An order has a probability for every n-gram seen in the text, and a weight
 ``gamma`` for every context; with h' the context h without its first token,
@@ -23,7 +23,7 @@ from pydantic import Field
 
 from octavo.errors import ConfigError
 from octavo.ngrams.counting import NGramCounts
-from octavo.schema import Config, one_of
+from octavo.schema import Config
 
 BLOCK_BYTES = 160  # allocated per n-gram while one block of an order is smoothed
 
@@ -292,11 +292,15 @@ def closed_form(of_counts: Sequence[int] | np.ndarray, modified: bool) -> tuple[
     return None
 
 
-SMOOTHINGS: dict[str, type[Smoothing]] = {
-    "mle": MaximumLikelihood,
-    "add_k": AddK,
-    "stupid_backoff": StupidBackoff,
-    "kneser_ney": KneserNey,
-    "modified_kneser_ney": ModifiedKneserNey,
-}
-SmoothingConfig = one_of(SMOOTHINGS)
+class Arpa(Smoothing):
+    """``p(w | h) = prob(h w)  if listed, else  gamma(h) p(w | h')``: what an ARPA file says, however it was made."""
+
+    class Config(Config):
+        """Probabilities and back-off weights read from an ARPA file; nothing can be fitted with it."""
+
+        kind: Literal["arpa"] = "arpa"
+
+    interpolated = False
+
+    def prepare(self, counts, order, held_out, outcomes):
+        raise ConfigError("smoothing arpa is of models that were read, not fitted", fix="use modified_kneser_ney")

@@ -66,18 +66,30 @@ def _write_array(folder: Path, name: str, array: np.ndarray) -> dict[str, Any]:
     return {"file": path.name, "bytes": size, "sha256": digest.hexdigest()}
 
 
-def read_config(folder: str | os.PathLike[str], kind: str) -> dict[str, Any]:
-    """The ``config.json`` of a saved model of ``kind``."""
+def kind_of(folder: str | os.PathLike[str]) -> str:
+    """The kind of model that a folder says it holds."""
+    found = _config(folder).get("kind")
+    return found if isinstance(found, str) else ""
+
+
+def _config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(folder) / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{folder} holds no n-gram model: {CONFIG} is missing", fix="check the path") from None
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}", fix=FIX) from None
-    found = config.get("kind") if isinstance(config, dict) else None
-    if found != kind:
-        raise CheckpointError(f"{path} describes no model of kind {kind!r} but {found!r}", fix="check the path")
+    return config if isinstance(config, dict) else {}
+
+
+def read_config(folder: str | os.PathLike[str], kind: str) -> dict[str, Any]:
+    """The ``config.json`` of a saved model of ``kind``."""
+    config, path = _config(folder), Path(folder) / CONFIG
+    if config.get("kind") != kind:
+        raise CheckpointError(
+            f"{path} describes no model of kind {kind!r} but {config.get('kind')!r}", fix="check the path"
+        )
     if config.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} has format {config.get('format')!r}, not {FORMAT}", fix="load it with the version that wrote it"
