@@ -57,12 +57,13 @@ def test_the_kinds_listed_are_the_kinds_there_are():
     from octavo.nn import tables
     from octavo.objectives.likelihood import OBJECTIVES
     from octavo.tokenizer.config import CONFIGS
+    from octavo.predictors.kinds import PREDICTORS
     from octavo.training.optimizers import OPTIMIZERS
     from octavo.training.schedule import SCHEDULES
 
     there = {
         "tokenizer": set(CONFIGS),
-        "model": {*MODELS, "pretrained"},
+        "model": {*MODELS, *PREDICTORS, "pretrained"},
         "model.blocks.NAME.mixer": set(tables.TOKEN_MIXERS),
         "model.blocks.NAME.channel": set(tables.CHANNEL_MIXERS),
         "model.norm": set(tables.NORMS),
@@ -78,7 +79,7 @@ def test_the_kinds_listed_are_the_kinds_there_are():
     assert listed == there
 
 
-@pytest.mark.parametrize("name", ["quickstart", "pretrain", "sft", "shakespeare", "quickstart-zh"])
+@pytest.mark.parametrize("name", ["quickstart", "pretrain", "sft", "shakespeare", "quickstart-zh", "ngram"])
 def test_every_recipe_has_a_section(name):
     assert Recipe.load(name).name == name
     assert f"\n## {name}\n" in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")

@@ -20,14 +20,16 @@ from octavo.predictors.kinds import PREDICTORS, count
 from octavo.predictors.predictor import LOG_ZERO, NGramPredictor
 
 V, BOS, EOS = 6, 0, 1
-SMOOTHINGS = ["mle", "add_k", "stupid_backoff", "kneser_ney", "modified_kneser_ney"]
+SMOOTHINGS = ["mle", "add_k", "katz", "stupid_backoff", "interpolated", "kneser_ney", "modified_kneser_ney"]
 MODELS: dict[str, dict[str, Any]] = {
     "uniform": {"kind": "uniform"},
     "unigram": {"kind": "unigram"},
     **{f"order {n}": {"kind": "ngram", "order": n} for n in (1, 2, 3, 5, 9)},
     **{name: {"kind": "ngram", "order": 4, "smoothing": name} for name in SMOOTHINGS},
+    "infinigram": {"kind": "infinigram"},
+    "infinigram as published": {"kind": "infinigram", "unseen": 0.0},
+    "infinigram, bounded": {"kind": "infinigram", "longest": 3},
 }
-NOT_A_DISTRIBUTION = {"stupid_backoff"}
 
 
 def documents(n: int = 40, seed: int = 3) -> list[np.ndarray]:
@@ -75,7 +77,7 @@ class WithCapabilities(NGramPredictor):
 @pytest.fixture(scope="module", params=MODELS)
 def subject(request: pytest.FixtureRequest) -> Counted:
     made = predictor(**MODELS[request.param])
-    return Counted(WithCapabilities(made.counted, max_seq_len=32, bos=BOS, config=made.config))
+    return Counted(WithCapabilities(made.counted, max_seq_len=32, order=made.order, bos=BOS, config=made.config))
 
 
 LAWS: dict[str, Callable[[Any], None]] = {
@@ -94,9 +96,12 @@ def test_a_counted_model_keeps_the_laws_of_models(subject, law):
 
 
 def test_a_bounded_order_has_a_state_that_does_not_grow(subject):
-    order = subject.model.counted.order
+    order = subject.model.order
     for tokens in (20, 40):
-        assert subject.model.new_state(3, tokens).payload_bytes == 3 * 4 * max(0, order - 2)
+        held = subject.model.new_state(3, tokens)
+        assert held.payload_bytes == 3 * 4 * (tokens if order is None else max(0, order - 2))
+        subject.model(Inputs(subject.tokens(3)), state=held)
+        assert held.truncate(torch.tensor([5, 5, 5])) is (order is None or order < 3)
 
 
 def test_no_output_depends_on_a_later_token_and_every_one_on_its_own(subject):
@@ -128,7 +133,7 @@ def test_a_document_that_begins_inside_a_row_hides_what_was_before():
     assert not torch.equal(made(Inputs(torch.tensor([[5, 4, EOS, BOS, 2, 3]]))).logits[:, 3:], alone)
 
 
-@pytest.mark.rows("P1", "N1", "N2", "N4")
+@pytest.mark.rows("P1", "N1", "N2", "N3", "N4")
 def test_the_probabilities_of_all_texts_sum_to_one(subject):
     """Brute force: of every text of four tokens, by the chain rule through the logits."""
     length = 4
@@ -182,7 +187,7 @@ def test_the_state_goes_back_and_its_rows_can_be_copied_for_drafting(subject):
 
 
 def broken(change: Callable[[NGramPredictor], None]) -> Counted:
-    made = WithCapabilities(predictor(kind="ngram").counted, max_seq_len=32, bos=BOS)
+    made = WithCapabilities(predictor(kind="ngram").counted, max_seq_len=32, order=5, bos=BOS)
     change(made)
     return Counted(made)
 

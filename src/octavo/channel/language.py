@@ -36,7 +36,7 @@ class CharacterModel:
                     fix="count one with tokenizer.kind=character or byte",
                 )
         self.model, self.tokenizer = model, tokenizer
-        order = model.counted.order
+        order = model.order
         self.width = None if order is None else order - 1
         self._ids: dict[str, Context] = {}
         self._kept: dict[Context, np.ndarray[Any, Any]] = {}

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from octavo.errors import CheckpointError
 from octavo.files import fsync_path, make_folder, write_json
-from octavo.predictors.kinds import PREDICTORS
+from octavo.predictors.kinds import PREDICTORS, predictor
 from octavo.predictors.predictor import NGramPredictor
 from octavo.schema import no_imports
 
@@ -52,10 +52,10 @@ def load(folder: str | Path, hf: Mapping[str, Any]) -> NGramPredictor:
         )
     bos = hf.get("bos_token_id")
     only_begins = isinstance(bos, int) and bos != hf.get("eos_token_id")
-    return NGramPredictor(counted, max_seq_len=config.max_seq_len, bos=bos if only_begins else None, config=config)
+    return predictor(config, counted, bos if only_begins else None)
 
 
-def save(predictor: NGramPredictor, folder: str | Path, extra: Mapping[str, Any], add: Callable[[Path], None]) -> None:
+def save(model: NGramPredictor, folder: str | Path, extra: Mapping[str, Any], add: Callable[[Path], None]) -> None:
     """Write config.json and the arrays; ``add`` puts further files into the folder it is given.
 
     The folder is made aside and renamed: a reader, or a run that is killed, never leaves half a model. Files in
@@ -67,10 +67,10 @@ def save(predictor: NGramPredictor, folder: str | Path, extra: Mapping[str, Any]
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     (aside / ARRAYS).mkdir()
-    predictor.counted.save(aside / ARRAYS)
+    model.counted.save(aside / ARRAYS)
     add(aside)
-    model = predictor.config.model_dump(mode="json") | {"vocab_size": predictor.vocab_size}
-    hf = {"model_type": NATIVE, "architectures": ["NGramPredictor"], "model": model, **extra}
+    settings = model.config.model_dump(mode="json") | {"vocab_size": model.vocab_size}
+    hf = {"model_type": NATIVE, "architectures": ["NGramPredictor"], "model": settings, **extra}
     write_json(aside / "config.json", hf)
     for path in (*(aside / ARRAYS).iterdir(), *aside.iterdir(), aside):
         fsync_path(path)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
 from octavo.ngrams import NGram
+from octavo.ngrams.suffixes import InfiniGram
 from octavo.predictors.settings import CountedConfig
 
 WEIGHTS_EVERY = 20  # documents: one of so many is for the weights, where a smoothing learns some
@@ -40,15 +42,14 @@ class NGramKind:
         own = {name: getattr(config, name) for name in NGram.Config.model_fields}
         if own["never"] is None:
             own["never"] = bos
-        held_out: list[Array] | None = None
-        if config.smoothing.kind == "interpolated":
-            held_out = []
-            documents = _without(documents, held_out)
         settings = NGram.Config(**own)
-        if held_out is None:
+        if config.smoothing.kind != "interpolated" or config.smoothing.weights is not None:
             return NGram.fit(settings, documents, vocab_size, scratch_folder=scratch_folder)
-        counted = list(documents)
-        return NGram.fit(settings, counted, vocab_size, held_out or counted, scratch_folder=scratch_folder)
+        every = list(documents)
+        step = min(WEIGHTS_EVERY, len(every))
+        counted = [document for number, document in enumerate(every, 1) if number % step] if step > 1 else every
+        held_out = every[step - 1 :: step] if step > 1 else None
+        return NGram.fit(settings, counted, vocab_size, held_out, scratch_folder=scratch_folder)
 
     @classmethod
     def load(cls, folder: str | Path, config: Config) -> NGram:
@@ -56,10 +57,21 @@ class NGramKind:
         return NGram.load(folder)
 
 
-def _without(documents: Iterable[Array], held_out: list[Array]) -> Iterator[Array]:
-    """All documents but those that go into ``held_out``."""
-    for number, document in enumerate(documents, 1):
-        if number % WEIGHTS_EVERY:
-            yield document
-        else:
-            held_out.append(document)
+class InfiniGramKind:
+    """``{kind: infinigram}``: n-grams of any length; see ``octavo.ngrams.suffixes.InfiniGram``."""
+
+    class Config(InfiniGram.Config, CountedConfig):
+        """Settings of an n-gram model of any length. A share for what was never seen is needed to score any text."""
+
+        unseen: float = Field(default=0.05, ge=0, lt=1, description="Share of the distribution of single tokens.")
+
+    @classmethod
+    def fit(cls, config: Config, documents: Iterable[Array], vocab_size: int, **_: Any) -> InfiniGram:
+        """Sort the text."""
+        own = {name: getattr(config, name) for name in InfiniGram.Config.model_fields}
+        return InfiniGram.fit(InfiniGram.Config(**own), documents, vocab_size)
+
+    @classmethod
+    def load(cls, folder: str | Path, config: Config) -> InfiniGram:
+        """As ``InfiniGram.save`` left it."""
+        return InfiniGram.load(folder)

@@ -22,12 +22,9 @@ Array = np.ndarray[Any, Any]
 
 
 class Counted(Protocol):
-    """What is asked of a table of counts. ``order`` is the n of its n-grams, None where any length is looked up."""
+    """What is asked of a table of counts. ``normalised``: the probabilities of all tokens sum to one."""
 
     vocab_size: int
-
-    @property
-    def order(self) -> int | None: ...
 
     @property
     def normalised(self) -> bool: ...
@@ -51,17 +48,27 @@ class NGramPredictor:
 
     Args:
         counted: the table.
+        order: one more than the tokens that are read; None where every token of the document may be.
         max_seq_len: tokens that a state may hold by default; what is read of them is bounded by the order alone.
         bos: the id that begins a document; None if none does.
         config: what it was made from, written into config.json.
     """
 
-    def __init__(self, counted: Counted, *, max_seq_len: int, bos: int | None = None, config: Any = None):
-        self.counted, self.max_seq_len, self.bos, self.config = counted, max_seq_len, bos, config
+    def __init__(
+        self,
+        counted: Counted,
+        *,
+        max_seq_len: int,
+        order: int | None,
+        bos: int | None = None,
+        config: Any = None,
+    ):
+        self.counted, self.max_seq_len, self.order = counted, max_seq_len, order
+        self.bos, self.config = bos, config
         self.vocab_size = counted.vocab_size
 
     def state_specs(self) -> dict[str, StateSpec]:
-        order = self.counted.order
+        order = self.order
         if order is None:
             return {LAYER: {"tokens": StateField("token", (), torch.int32)}}
         return {LAYER: {"tokens": StateField("ring", (), torch.int32, order - 2)}} if order > 2 else {}
@@ -101,7 +108,7 @@ class NGramPredictor:
             return self.counted.score(tokens, offsets)
         tokens = np.asarray(tokens, np.int64)
         bounds = np.array([0, len(tokens)]) if offsets is None else offsets
-        width = len(tokens) if self.counted.order is None else max(self.counted.order - 1, 0)
+        width = len(tokens) if self.order is None else max(self.order - 1, 0)
         contexts = [
             tokens[max(start, at - width) : at]
             for start, stop in zip(bounds, bounds[1:])
@@ -130,7 +137,7 @@ class NGramPredictor:
 
     def _contexts(self, ctx: Context, keys: Keys, tokens: Tensor) -> Iterator[Array]:
         """What is known before the next token, for every valid token, row by row."""
-        width = self.counted.order - 1 if self.counted.order is not None else None
+        width = self.order - 1 if self.order is not None else None
         rows = (ctx.slots, ctx.valid, keys.slots, keys.doc_ids, tokens.long())
         for asked, valid, slots, docs, row in zip(*(t.cpu().numpy() for t in rows), strict=True):
             order = np.argsort(slots, kind="stable")
