@@ -6,7 +6,7 @@
 #   ./setup.sh test [PYTEST ARGS]   set up with the developers' packages, then run the tests
 #
 # Options, before the verb:
-#   --extras data,fast,gguf,track   optional parts as well (`all` for every one)
+#   --extras data,fast,gguf,rag,track   optional parts as well (`all` for every one)
 #   --dev                           the developers' packages as well (tests, lint, types)
 #   --cpu | --cuda                  the build of torch; without it: CUDA where nvidia-smi works, else CPU
 #
@@ -18,7 +18,7 @@ set -eu
 
 TORCH_VERSION=2.13.0
 TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
-KNOWN_EXTRAS="all data dev fast gguf track"
+KNOWN_EXTRAS="all data dev fast gguf rag track"
 
 root=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd -P)
 venv=$root/.venv

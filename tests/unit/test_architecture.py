@@ -35,6 +35,7 @@ MAY_SEE: dict[str, set[str]] = {
     "training": {"nn", "models", "batch", "objectives", "report"},
     "infer": {"nn", "models", "tokenizer"},
     "eval": {"ngrams", "nn", "models", "tokenizer", "infer", "report"},
+    "retrieval": {"nn", "models"},
     "serve": {"tokenizer", "infer"},
     "vectors": {"nn", "tokenizer"},
     "presets": {"hub", "models"},

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -44,6 +45,10 @@ def chat(
     repetition_penalty: Repetition = 1.0,
     seed: Seed = None,
     stop: Stop = None,
+    store: Annotated[
+        Path | None, typer.Option(help="A store (`octavo store`) whose passages are put before each question.")
+    ] = None,
+    passages: Annotated[int, typer.Option(min=1, help="Passages of the store for each question.")] = 3,
 ) -> None:
     """Talk to a model. It remembers the conversation; /reset forgets it, /exit leaves.
 
@@ -62,13 +67,26 @@ def chat(
         stop=tuple(stop or ()),
     )
     import octavo
+    from octavo.cli.store import looking_up
 
+    look_up = looking_up(store, passages)
     lm: Any = octavo.load(model)
-    converse(lm.model, lm.tokenizer, config, system=system, name=model.resolve().name)
+    converse(lm.model, lm.tokenizer, config, system=system, name=model.resolve().name, look_up=look_up)
 
 
-def converse(model: Any, tokenizer: Any, config: SamplingConfig, *, system: str | None = None, name: str = "") -> None:
+def converse(
+    model: Any,
+    tokenizer: Any,
+    config: SamplingConfig,
+    *,
+    system: str | None = None,
+    name: str = "",
+    look_up: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None = None,
+) -> None:
     """Read messages and stream answers until the input ends.
+
+    Args:
+        look_up: changes what the model reads, not what is remembered of the conversation.
 
     Raises:
         ConfigError: the model has no chat template; in a script also a conversation that has become too long.
@@ -98,7 +116,7 @@ def converse(model: Any, tokenizer: Any, config: SamplingConfig, *, system: str 
         elif command:
             asked = [*messages, {"role": "user", "content": line}]
             try:
-                answer = _answer(model, tokenizer, asked, config, interactive)
+                answer = _answer(model, tokenizer, look_up(asked) if look_up else asked, config, interactive)
             except OctavoError as error:
                 if not interactive:
                     raise

@@ -55,6 +55,7 @@ VERBS: dict[str, Verb] = {
     "chat": Verb("octavo.cli.chat", USE, "Talk to a model."),
     "serve": Verb("octavo.cli.serve", USE, "Serve a model over HTTP (OpenAI-compatible) with a web chat."),
     "correct": Verb("octavo.cli.correct", USE, "Correct typing errors, or turn pinyin into Chinese, with n-grams."),
+    "store": Verb("octavo.cli.store", USE, "Passages that a model looks up; changed without training."),
     "eval": Verb("octavo.cli.eval", KNOW, "Score a model on held-out text and questions."),
     "longcontext": Verb("octavo.cli.longcontext", KNOW, "Compare ways to read texts longer than those trained on."),
     "compare": Verb("octavo.cli.compare", KNOW, "Train many models on the same text with the same budget, and compare."),

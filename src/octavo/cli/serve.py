@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from octavo.cli.generate import Model
+from octavo.cli.store import looking_up
 from octavo.errors import ConfigError
 
 app = typer.Typer(rich_markup_mode="rich")
@@ -25,6 +27,11 @@ def serve(
         list[str] | None, typer.Option(help="A name under which this machine is reached; may be given several times.")
     ] = None,
     max_requests: Annotated[int, typer.Option(min=1, help="Requests held at once; more must come back.")] = 32,
+    store: Annotated[
+        Path | None,
+        typer.Option(help="A store (`octavo store`) whose passages are put before each question."),
+    ] = None,
+    passages: Annotated[int, typer.Option(min=1, help="Passages of the store for each question.")] = 3,
     grace: Annotated[float, typer.Option(min=0, help="Seconds for answers to finish after a stop signal.")] = 20,
 ) -> int:
     """Serve a model over HTTP: OpenAI-compatible chat and completions with streaming, and a chat page.
@@ -55,6 +62,6 @@ def serve(
 
         lm: Any = octavo.load(model)
         served = name or model.resolve().name
-        application = create_app(lm.model, lm.tokenizer, served, config)
+        application = create_app(lm.model, lm.tokenizer, served, config, looking_up(store, passages))
         announce(served, sock, config)
         return listen(application, sock, config)

@@ -37,6 +37,8 @@ PAGE = {
 }
 PUBLIC = frozenset(("/livez", *PAGE))
 
+LookUp = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
+
 log = logging.getLogger("octavo.serve")
 
 
@@ -55,8 +57,9 @@ class Plan:
 class Service:
     """Everything a request needs: the model's name and limits, the tokenizer and the worker."""
 
-    def __init__(self, model: Any, tokenizer: Tokenizer, name: str, config: ServeConfig):
+    def __init__(self, model: Any, tokenizer: Tokenizer, name: str, config: ServeConfig, look_up: LookUp | None = None):
         self.model, self.tokenizer, self.name, self.config = model, tokenizer, name, config
+        self.look_up = look_up
         self.worker = Worker(model, tokenizer, config.max_requests)
         self.bodies = Bodies(config.body_seconds)
 
@@ -124,6 +127,8 @@ class Service:
             {"role": "system" if message.role == "developer" else message.role, "content": message.content}
             for message in request.messages
         ]
+        if self.look_up is not None:
+            messages = self.look_up(messages)
         try:
             return list(self.tokenizer.render(messages, add_generation_prompt=True).ids)
         except OctavoError as error:
@@ -273,15 +278,18 @@ def _n_prompt(plan: Plan) -> int:
     return sum(distinct.values())
 
 
-def create_app(model: Any, tokenizer: Tokenizer, name: str, config: ServeConfig | None = None) -> FastAPI:
+def create_app(
+    model: Any, tokenizer: Tokenizer, name: str, config: ServeConfig | None = None, look_up: LookUp | None = None
+) -> FastAPI:
     """The application for one model; its worker thread runs between the lifespan's start and end.
 
     Args:
         model: a predictor, ready to be called.
         name: what clients write as ``model``.
+        look_up: changes the messages of a chat before the model reads them, such as by putting in what was found.
     """
     config = config or ServeConfig()
-    service = Service(model, tokenizer, name, config)
+    service = Service(model, tokenizer, name, config, look_up)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
