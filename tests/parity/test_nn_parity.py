@@ -217,10 +217,10 @@ def test_gpt2_embedding_path():
         agree("learned", "transformers GPT2Model", got, wanted)
     assert ours.config.embed_dropout == hf.embd_pdrop == 0.1
     ours.train()
-    torch.manual_seed(0)
     dropped = ours(Inputs(tokens), needs=("hidden_states",)).hidden_states[0]
-    torch.manual_seed(0)
-    assert torch.equal(dropped, F.dropout(wanted, 0.1))
+    survived = dropped != 0
+    assert 0.8 < float(survived.float().mean()) < 0.98
+    torch.testing.assert_close(dropped[survived], wanted[survived] / 0.9, rtol=1e-4, atol=0)
     low = theirs.bfloat16()(tokens, output_hidden_states=True).hidden_states[0]
     got = ours.eval().bfloat16()(Inputs(tokens), needs=("hidden_states",)).hidden_states[0]
     agree("learned", "transformers GPT2Model", got, low)
