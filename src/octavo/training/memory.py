@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from octavo.batch import Batch
 from octavo.errors import ResourceError
 from octavo.models.decoder import Decoder
+from octavo.nn.kernels import attention
 from octavo.objectives.likelihood import OBJECTIVES
 from octavo.training.loop import recompute_blocks
 from octavo.training.machine import DTYPES
@@ -120,7 +121,7 @@ def _count(model: Decoder.Config, config: TrainConfig, dtype: torch.dtype, rows:
         for block in net.blocks:
             block.register_forward_pre_hook(lambda *_: live.enter(+1))
             block.register_forward_hook(lambda *_: live.enter(-1))
-        with live, _fused_attention():
+        with live, _fused_attention(config):
             outputs = net(batch.inputs(), needs=(*objective.needs, *objective.training_needs))
             sum(objective.beside(outputs, batch).values(), objective.loss_sum(outputs, batch)).backward()
     # One block as large as the largest lies free in pieces: the next of that size does not fit into them.
@@ -162,13 +163,13 @@ class _Live(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _fused_attention() -> Iterator[None]:
-    """Inside, attention on tensors without data holds no scores, as on the CPU where there is no dropout; of itself
-    torch's meta device takes the form that holds them."""
-    real = F.scaled_dot_product_attention
+def _fused_attention(config: TrainConfig) -> Iterator[None]:
+    """Inside, attention on tensors without data holds no scores, as on the CPU, where under dropout that is true of our
+    own kernel only; of itself torch's meta device takes the form that holds them."""
+    real, own = F.scaled_dot_product_attention, config.attention != "sdpa" and attention.available()
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *rest: Any, dropout_p: float = 0.0, **named: Any) -> Tensor:
-        if q.device.type != "meta" or dropout_p:
+        if q.device.type != "meta" or (dropout_p and not own):
             return real(q, k, v, *rest, dropout_p=dropout_p, **named)
         return _Attend.apply(q, k, v)  # type: ignore[return-value]
 

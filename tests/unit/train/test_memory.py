@@ -79,10 +79,10 @@ class LiveBytes(TorchDispatchMode):
      {"objective": {"kind": "causal", "chunk_tokens": 16}}],
     ids=lambda changes: "-".join(changes) or "plain",
 )  # fmt: skip
-@pytest.mark.parametrize("n_layers", [2, 7])
-def test_activations_are_those_alive_in_the_real_step(tmp_path, changes, n_layers):
+@pytest.mark.parametrize(("n_layers", "dropout"), [(2, 0.0), (7, 0.0), (3, 0.2)])
+def test_activations_are_those_alive_in_the_real_step(tmp_path, changes, n_layers, dropout):
     def model() -> Decoder:
-        return tiny(dropout=0.0, n_layers=n_layers, d_model=64, tie_embeddings=False)
+        return tiny(dropout=dropout, n_layers=n_layers, d_model=64, tie_embeddings=False)
 
     config = settings(step_tokens=8 * SEQ_LEN, **changes)
     made = trainer(tmp_path, model=model(), **{k: v for k, v in changes.items() if k != "objective"})
