@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from octavo.errors import ConfigError
+from octavo.errors import ConfigError, DataError
 from octavo.ngrams.smoothing import (
     AddK,
     Arpa,
@@ -142,8 +142,9 @@ def _relative_frequencies(counts, order, held_out, outcomes) -> tuple[np.ndarray
     from octavo.ngrams.model import NGram
 
     model = NGram.of_counts(NGram.Config(order=order, smoothing="mle", never=outcomes.never), counts)
-    tokens, offsets = held_out
-    tokens, place = model._given(tokens, offsets) if offsets is not None else (tokens, places(offsets))
+    tokens, place = held_out[0].astype(np.int64), places(held_out[1])
+    if len(tokens) and (tokens.min() < 0 or tokens.max() >= counts.vocab_size):
+        raise DataError("held-out text has a token id outside the vocabulary", fix="encode it anew")
     seen, probs = np.zeros((order + 1, len(tokens)), bool), np.zeros((order + 1, len(tokens)))
     seen[:2] = True
     probs[0], probs[1] = outcomes.uniform[tokens], model.levels[0].prob[tokens]

@@ -48,7 +48,7 @@ class NGram:
         order: int = Field(
             default=5, ge=1, le=16, description="Length of the longest n-gram, the predicted token included."
         )
-        smoothing: SmoothingConfig = Field(
+        smoothing: SmoothingConfig = Field(  # type: ignore[valid-type]
             default="modified_kneser_ney", validate_default=True, description="How counts become probabilities."
         )
         never: int | None = Field(

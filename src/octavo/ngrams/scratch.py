@@ -70,7 +70,7 @@ class Growing:
         if self.file is None:
             self.parts.append(part)
         elif len(part):
-            self.file.write(memoryview(part).cast("B"))
+            self.file.write(part.data)
 
     def array(self) -> np.ndarray:
         """Everything appended; nothing may be appended after."""

@@ -51,7 +51,7 @@ def _write_array(folder: Path, name: str, array: np.ndarray) -> dict[str, Any]:
             np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
             file.flush()
             digest.update(aside.read_bytes())
-            data = memoryview(array).cast("B") if array.size else memoryview(b"")
+            data = array.view(np.uint8).data
             for first in range(0, len(data), BLOCK):
                 file.write(data[first : first + BLOCK])
                 digest.update(data[first : first + BLOCK])

@@ -51,7 +51,7 @@ class InfiniGram:
             default=0.0,
             ge=0,
             lt=1,
-            description="Share of single tokens (each count raised by one) in every distribution; 0: the paper's model.",
+            description="Share of single tokens (their counts raised by one) in a distribution; 0: the paper's model.",
         )
         longest: int | None = Field(default=None, ge=1, description="The longest context looked for; null: any.")
 
