@@ -31,7 +31,7 @@ def test_the_architectures_and_cuts_listed_are_known():
     from octavo.hub import gguf, vocabulary
 
     said = PAGE.partition("## GGUF")[2].partition("## llama2.c")[0]
-    assert set(re.findall(r"`(llama|qwen\d|gemma\d)`", said.partition("stored as")[0])) == set(gguf.ARCHITECTURES)
+    assert set(re.findall(r"`(llama|qwen\d|gemma\d|mamba)`", said.partition("stored as")[0])) == set(gguf.ARCHITECTURES)
     named = set(re.findall(r"`([a-z0-9-]+)`", said.partition("words named")[2].partition("and others")[0]))
     assert named and named <= set(vocabulary.CUTS)
 

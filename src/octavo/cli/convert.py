@@ -1,4 +1,4 @@
-"""``octavo convert``: a model of another program, once and for all as a folder of safetensors."""
+"""``octavo convert``: a model of another program as a folder of safetensors, or a model from here as a GGUF file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ app = typer.Typer(rich_markup_mode="rich")
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="A GGUF, llama2.c or .pt file, a run, or a model folder.")],
-    target: Annotated[Path, typer.Argument(help="The folder to make; it must not exist.")],
+    target: Annotated[Path, typer.Argument(help="The folder to make, or the file with --to gguf; it must not exist.")],
+    to: Annotated[
+        str | None,
+        typer.Option(help="hf (a Hugging Face family), octavo, or gguf; default: hf if it can say the model."),
+    ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="Folder or file of the tokenizer, where the source comes without one.")
     ] = None,
@@ -25,24 +29,43 @@ def convert(
         bool, typer.Option("--from-pickle", help="Read a pickle (.pt, .bin), in a process of its own with limits.")
     ] = False,
 ) -> None:
-    """Write a model as a Hugging Face folder (safetensors), which everything here and elsewhere reads.
+    """Write a model as a Hugging Face folder (safetensors), which everything here and elsewhere reads, or as GGUF.
 
     Example: [bold]octavo convert model.gguf my-model[/bold]   ·   [bold]octavo convert --from-pickle ckpt.pt gpt[/bold]
+    ·   [bold]octavo convert runs/quickstart my-model.gguf --to gguf[/bold]
     """
     from octavo.hub import vocabulary
     from octavo.predictors.predictor import NGramPredictor
 
+    if to not in (None, "hf", "octavo", "gguf"):
+        raise ConfigError(f"--to {to} is not known", fix="give hf, octavo or gguf")
+    if family != "auto" and to in ("octavo", "gguf"):
+        raise ConfigError(f"--family {family} says nothing together with --to {to}", fix="leave one of them out")
     if target.exists() or target.is_symlink():
         raise ConfigError(f"{target} exists, and nothing is overwritten", fix="give another name")
     given = None if tokenizer is None else vocabulary.load(tokenizer, {"bos": "<|bos|>"})
     lm = _open(source, given, dtype, from_pickle)
-    name = write_aside(lm, target, family)
+    name = _write(lm, target, to, family)
     if isinstance(lm.model, NGramPredictor):
         typer.echo(f"{target}: {name}, counted, {lm.tokenizer.vocab_size:,} token ids")
         return
     n = sum(parameter.numel() for parameter in lm.model.parameters())
     kind = str(next(lm.model.parameters()).dtype).removeprefix("torch.")
     typer.echo(f"{target}: {name}, {n:,} parameters in {kind}, {lm.tokenizer.vocab_size:,} token ids")
+
+
+def _write(lm: Any, target: Path, to: str | None, family: str) -> str:
+    if to == "gguf":
+        from octavo.hub import gguf_write
+
+        return f"GGUF, {gguf_write.write(lm, target)}"
+    if to == "hf" and family == "auto":
+        from octavo.hub.folder import NATIVE, choose_family
+
+        family = choose_family(lm.model.config)
+        if family == NATIVE:
+            raise ConfigError("no Hugging Face family can say this model", fix="give --to octavo")
+    return write_aside(lm, target, "octavo" if to == "octavo" else family)
 
 
 def _open(source: Path, tokenizer: Any, dtype: str, from_pickle: bool) -> Any:

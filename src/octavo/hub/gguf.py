@@ -1,4 +1,4 @@
-"""GGUF (llama.cpp): Llama, Qwen2, Qwen3 and Gemma 2 with their tokenizers and chat templates, from one file.
+"""GGUF (llama.cpp): Llama, Qwen2, Qwen3, Gemma 2 and Mamba with their tokenizers and chat templates, from one file.
 
 Quantised weights become float32. Names, units and the rearranged weights are those of llama.cpp: convert_hf_to_gguf.py
 (which permutes Llama's queries and keys and adds one to Gemma's norms), src/llama-arch.cpp, src/llama-vocab.cpp.
@@ -47,6 +47,16 @@ GEMMA_NAMES = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+MAMBA_ENDS = {"token_embd": "backbone.embeddings", "output_norm": "backbone.norm_f", "output": "lm_head"}
+MAMBA_NAMES = {
+    "attn_norm": "norm",
+    **{
+        f"ssm_{short}": f"mixer.{name}_proj" for short, name in {"in": "in", "x": "x", "dt": "dt", "out": "out"}.items()
+    },
+    "ssm_conv1d": "mixer.conv1d",
+    "ssm_a": "mixer.A_log",
+    "ssm_d": "mixer.D",
+}
 # Settings whose value changes nothing, or is read below; any other one might change the mathematics.
 KNOWN = {
     "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "rope.dimension_count",
@@ -54,7 +64,13 @@ KNOWN = {
     "attention.value_length", "attention.layer_norm_rms_epsilon", "tensor_data_layout", "rope.scaling.type",
     "expert_count", "expert_used_count", "attention.causal",
 }  # fmt: skip
-PLAIN = {"rope.scaling.type": "none", "expert_count": 0, "expert_used_count": 0, "attention.causal": True}
+PLAIN = {
+    "rope.scaling.type": "none",
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "attention.causal": True,
+    "ssm.dt_b_c_rms": False,
+}
 
 
 @dataclass(frozen=True)
@@ -64,6 +80,9 @@ class Architecture:
     settings: Callable[[Settings], dict[str, Any]]
     known: frozenset[str] = frozenset()
     names: Mapping[str, str] = field(default_factory=lambda: LAYER_NAMES)
+    ends: Mapping[str, str] = field(default_factory=lambda: GLOBAL_NAMES)
+    layers: str = "model.layers"
+    every: str = "attn_q.weight"  # what each layer has
     interleaved: bool = False  # queries and keys are stored for rotary pairs (2i, 2i + 1)
     norm_offset: float = 0.0  # what is added to the weights of norms
 
@@ -121,12 +140,28 @@ def _gemma2(settings: Settings) -> dict[str, Any]:
     }
 
 
+def _mamba(settings: Settings) -> dict[str, Any]:
+    width, inner = settings.count("embedding_length", MAX_SIZE), settings.count("ssm.inner_size", MAX_SIZE)
+    return {
+        "model_type": "mamba",
+        "expand": inner / width,
+        "conv_kernel": settings.count("ssm.conv_kernel", MAX_SIZE),
+        "state_size": settings.count("ssm.state_size", MAX_SIZE),
+        "time_step_rank": settings.count("ssm.time_step_rank", MAX_SIZE),
+        "layer_norm_epsilon": settings.real("attention.layer_norm_rms_epsilon"),
+        "use_conv_bias": "blk.0.ssm_conv1d.bias" in settings.file.tensors,
+        "use_bias": False,
+    }
+
+
+SSM = frozenset(f"ssm.{key}" for key in ("conv_kernel", "inner_size", "state_size", "time_step_rank", "dt_b_c_rms"))
 CAPS = frozenset({"attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window"})
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(_llama, interleaved=True),
     "qwen2": Architecture(_qwen2),
     "qwen3": Architecture(_qwen3),
     "gemma2": Architecture(_gemma2, CAPS, GEMMA_NAMES, norm_offset=1.0),
+    "mamba": Architecture(_mamba, SSM, MAMBA_NAMES, MAMBA_ENDS, "backbone.layers", "ssm_in.weight"),
 }
 
 
@@ -168,48 +203,61 @@ def _config(settings: Settings, architecture: Architecture) -> dict[str, Any]:
     if "rope_freqs.weight" in file.tensors:
         raise _wrong(file, "rope_freqs.weight stretches the rotary positions, which is not supported")
     n_layers = settings.count("block_count", MAX_LAYERS)
-    if f"blk.{n_layers - 1}.attn_q.weight" not in file.tensors:
-        raise _wrong(file, f"{prefix}block_count = {n_layers}, but there is no tensor blk.{n_layers - 1}.attn_q.weight")
+    if (last := f"blk.{n_layers - 1}.{architecture.every}") not in file.tensors:
+        raise _wrong(file, f"{prefix}block_count = {n_layers}, but there is no tensor {last}")
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise _wrong(file, "there is no matrix token_embd.weight")
-    heads, width = settings.count("attention.head_count", MAX_HEADS), settings.count("embedding_length", MAX_SIZE)
-    head_dim = settings.count("attention.key_length", MAX_HEADS, max(width // heads, 1))
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if settings.count(key, MAX_HEADS, head_dim) != head_dim:
-            raise _wrong(file, f"{prefix}{key} differs from the head width {head_dim}, which is not supported")
     return {
         "vocab_size": embedding.shape[0],
-        "hidden_size": width,
+        "hidden_size": settings.count("embedding_length", MAX_SIZE),
         "num_hidden_layers": n_layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": settings.count("attention.head_count_kv", MAX_HEADS, heads),
-        "head_dim": head_dim,
-        "intermediate_size": settings.count("feed_forward_length", MAX_SIZE),
-        "hidden_act": "silu",
         "max_position_embeddings": settings.count("context_length", MAX_SIZES["max_seq_len"]),
-        "rms_norm_eps": settings.real("attention.layer_norm_rms_epsilon"),
-        "rope_theta": settings.real("rope.freq_base", 10000.0),
+        "hidden_act": "silu",
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "dtype": _dtype(file),
+        **({} if architecture.names is MAMBA_NAMES else _attention(settings)),
         **architecture.settings(settings),
     }
 
 
+def _attention(settings: Settings) -> dict[str, Any]:
+    """What all families with attention have."""
+    heads, width = settings.count("attention.head_count", MAX_HEADS), settings.count("embedding_length", MAX_SIZE)
+    head_dim = settings.count("attention.key_length", MAX_HEADS, max(width // heads, 1))
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if settings.count(key, MAX_HEADS, head_dim) != head_dim:
+            what = f"{settings.architecture}.{key} differs from the head width {head_dim}, which is not supported"
+            raise _wrong(settings.file, what)
+    return {
+        "num_attention_heads": heads,
+        "num_key_value_heads": settings.count("attention.head_count_kv", MAX_HEADS, heads),
+        "head_dim": head_dim,
+        "intermediate_size": settings.count("feed_forward_length", MAX_SIZE),
+        "rms_norm_eps": settings.real("attention.layer_norm_rms_epsilon"),
+        "rope_theta": settings.real("rope.freq_base", 10000.0),
+    }
+
+
+WIDE = (".ssm_a", ".ssm_conv1d.weight")
+
+
 def _dtype(file: GGUFFile) -> str:
     """16 bits where every matrix has the same 16 bits, else float32."""
-    kinds = {file.type_name(name) for name, entry in file.tensors.items() if len(entry.shape) > 1}
+    # Of Mamba, the decays and the convolution are 32 bits wide in any file.
+    matrices = (n for n, entry in file.tensors.items() if len(entry.shape) > 1 and not n.endswith(WIDE))
+    kinds = {file.type_name(name) for name in matrices}
     return {"BF16": "bfloat16", "F16": "float16"}.get(kinds.pop(), "float32") if len(kinds) == 1 else "float32"
 
 
 def _tensors(file: GGUFFile, config: Mapping[str, Any], architecture: Architecture) -> dict[str, Tensor]:
     import torch
 
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    heads = {"attn_q": config.get("num_attention_heads", 1), "attn_k": config.get("num_key_value_heads", 1)}
     dtype = getattr(torch, config["dtype"])
     found: dict[str, Tensor] = {}
     for name, entry in file.tensors.items():
-        theirs, stem = _renamed(name, architecture.names)
+        theirs, stem = _renamed(name, architecture)
         tensor = torch.from_numpy(file.array(name))
         if architecture.norm_offset and stem.endswith("norm"):
             tensor = tensor - architecture.norm_offset
@@ -217,17 +265,24 @@ def _tensors(file: GGUFFile, config: Mapping[str, Any], architecture: Architectu
             if entry.shape[0] % (2 * heads[stem]):
                 raise _wrong(file, f"{name} of shape {list(entry.shape)} cannot be {heads[stem]} heads")
             tensor = half_pairs(tensor, heads[stem])
+        if stem == "ssm_a":
+            if not bool((tensor < 0).all()):
+                raise _wrong(file, f"{name} has decays that are not negative")
+            tensor = (-tensor).log()
+        if stem == "ssm_conv1d" and entry.shape[1:]:
+            tensor = tensor[:, None]
         found[theirs] = tensor.to(dtype)
     return found
 
 
-def _renamed(name: str, names: Mapping[str, str]) -> tuple[str, str]:
+def _renamed(name: str, architecture: Architecture) -> tuple[str, str]:
     """A tensor's Hugging Face name, and its own without layer and ending; an unknown one keeps its name."""
-    if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
+    names, ends = architecture.names, architecture.ends
+    if match := re.fullmatch(r"blk\.(\d+)\.(\w+)(\.weight|\.bias|)", name):
         layer, stem, part = match.groups()
-        return (f"model.layers.{layer}.{names[stem]}.{part}" if stem in names else name), stem
+        return (f"{architecture.layers}.{layer}.{names[stem]}{part}" if stem in names else name), stem
     stem, _, part = name.rpartition(".")
-    return (f"{GLOBAL_NAMES[stem]}.{part}" if stem in GLOBAL_NAMES else name), stem
+    return (f"{ends[stem]}.{part}" if stem in ends else name), stem
 
 
 # --------------------------------------------------------------------------------------------- tokenizer

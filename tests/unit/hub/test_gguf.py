@@ -239,7 +239,7 @@ def refusal(path) -> str:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"general.architecture": "mamba"}, "'mamba'. Fix: known in GGUF are llama, qwen2, qwen3, gemma2"),
+        ({"general.architecture": "rwkv6"}, "'rwkv6'. Fix: known in GGUF are llama, qwen2, qwen3, gemma2, mamba"),
         ({"llama.block_count": 3}, "block_count = 3"),
         ({"llama.block_count": 10**9}, "not a number from 1 to 1024"),
         ({"llama.block_count": None}, "block_count = None"),
