@@ -113,7 +113,8 @@ def sdpa(
         q, k, v, mask, bias = with_sink(q, k, v, mask, bias, sinks, scale or q.shape[-1] ** -0.5)
         y = sdpa(q, k, v, mask, causal=causal, scale=1.0, bias=bias, dropout=dropout)
         return y[:, :, 1:, :-1]
-    width, fused = v.shape[-1], q.device.type == "cpu" and not dropout and q.shape[2] > 1
+    # Meta tensors stand for the CPU's; torch gives them the width of the keys otherwise.
+    width, fused = v.shape[-1], q.device.type in ("cpu", "meta") and not dropout and q.shape[2] > 1
     if fused and width != q.shape[-1]:
         scale = scale or q.shape[-1] ** -0.5
         return sdpa(*_equally_wide(q, k, v), mask, causal=causal, scale=scale, bias=bias)[..., :width]

@@ -125,7 +125,8 @@ class Recurrent(Mixer):
         if hidden is None:
             hidden = tuple(x.new_zeros(len(x), self.width) for _ in self.fields)
         fused = None if self.config.backend == "plain" or (one and not fresh) else self.kernel()
-        if fused is not None and fresh and not ctx.restarts:
+        # Tensors without data have no documents to be seen: whole rows take as much memory.
+        if fused is not None and fresh and (not ctx.restarts or x.device.type == "meta"):
             start = [h[None] for h in hidden]
             y, *after = fused(x, _one_or_all(start), cell.weights(), True, 1, 0.0, self.training, False, True)
             return y, tuple(h[0] for h in after)  # with padding this is not the last valid one; nobody asks for it

@@ -13,6 +13,7 @@ from training import SEQ_LEN, VOCAB, first_batch, settings, tiny, trainer
 
 from octavo.errors import ResourceError
 from octavo.models.decoder import Decoder
+from octavo.nn.tables import TOKEN_MIXERS
 from octavo.objectives.likelihood import CausalLikelihood
 from octavo.training import memory, room
 from octavo.training.memory import require, training_bytes
@@ -116,6 +117,13 @@ def test_experts_are_counted_with_what_they_hold(tmp_path):
     wide = 2 * sum(p.numel() for p in model(4096).parameters() if p.requires_grad) * 4
     assert not memory._surely_small(model(4096).config, config, 8, 8 * wide)
     assert memory._surely_small(model().config, config, 8, 8 << 30)
+
+
+@pytest.mark.parametrize("kind", sorted(set(TOKEN_MIXERS) - {"side_by_side"}))
+def test_every_mixer_can_be_counted(kind):
+    """Without a tensor's memory: what is counted on the meta device has the shapes of the real step."""
+    blocks = {"block": {"mixer": {"kind": kind}}}
+    assert counted(tiny(blocks=blocks, d_model=32, causal=False)).activations > 0
 
 
 def test_more_rows_layers_and_words_take_more():
