@@ -39,6 +39,35 @@ CASES = {
 }
 
 
+def test_five_steps_of_muon_equal_torch(monkeypatch):
+    """Matrices by torch.optim.Muon, which makes them orthogonal in bf16: here both do it in fp32."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    kind = OPTIMIZERS["muon"]
+    config = kind.Config(lr=0.02, weight_decay=0.1, momentum=0.9, other_scale=0.5)
+    ours_model, model = small(), small()
+    ours, roles = kind(config, ours_model), role_of(model)
+    matrices = [p for n, p in model.named_parameters() if ours.rule_of(p, roles[n]) == "muon"]
+    assert len(matrices) == 2 * 7, "q, k, v, o, gate, up and down of two layers"
+    rest = [p for p in model.parameters() if all(p is not q for q in matrices)]
+    theirs = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")
+    before = [p.detach().clone() for p in rest]
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        for p, q in zip(ours_model.parameters(), model.parameters(), strict=True):
+            drawn = torch.randn(p.shape, generator=generator)
+            p.grad.copy_(drawn)
+            q.grad = drawn.clone()
+        ours.gather()
+        ours.step(0.02)
+        theirs.step()
+    ours_of = dict(ours_model.named_parameters())
+    for name, q in model.named_parameters():
+        if any(q is p for p in matrices):
+            torch.testing.assert_close(ours_of[name], q, rtol=1e-4, atol=1e-5, msg=name)
+    changed = [ours_of[n] for n, p in model.named_parameters() if any(p is q for q in rest)]
+    assert all((new - old).abs().max() > 1e-3 for new, old in zip(changed, before, strict=True))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_five_steps_equal_torch(name):
     values, theirs, more = CASES[name]

@@ -17,6 +17,7 @@ from octavo.metrics_file import read_metrics
 from octavo.pipeline import Pipeline
 from octavo.training import checkpoint
 from octavo.training.loop import Trainer
+from octavo.training.replay import Replay
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -194,3 +195,10 @@ def test_any_step_after_a_checkpoint_can_be_looked_at(whole, capsys):
 def test_a_later_step_than_there_is_has_no_record(whole):
     found, changes = repeat.replay_step(whole, 8, stage="pretrain")
     assert found.is_finite and not found.reproduces and changes == []
+
+
+def test_figures_that_differ_from_the_record_stand_beside_it():
+    other = Replay(7, loss=2.5, grad_norm=0.5, recorded_loss=2.25, recorded_norm=0.125)
+    assert other.lines()[0] == "step 7: loss 2.5, gradient norm 0.5; recorded: loss 2.25, gradient norm 0.125"
+    same = Replay(7, 2.5, math.nan, 2.5, math.nan)
+    assert same.reproduces and same.lines()[0] == "step 7: loss 2.5, gradient norm nan"
