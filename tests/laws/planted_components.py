@@ -245,4 +245,24 @@ BUGS = [
         "y = y if self.config.norm_before_gate else y * gate", "y = y * gate if self.config.norm_before_gate else y",
         ("tests/parity/test_mamba2_parity.py::test_decoding_with_a_cache",),
     ),
+    Bug(
+        "counted: a context reaches into the document before", "predictors/predictor.py",
+        "new = np.diff(docs, prepend=docs[0]) != 0", "new = np.zeros(len(docs), bool)",
+        ("tests/laws/test_predictor_laws.py::test_a_counted_model_keeps_the_laws_of_models[order 5-packed]",),
+    ),
+    Bug(
+        "counted: the state holds a token less than is read", "predictors/predictor.py",
+        'StateField("ring", (), torch.int32, order - 2)', 'StateField("ring", (), torch.int32, order - 3)',
+        ("tests/laws/test_predictor_laws.py::test_a_counted_model_keeps_the_laws_of_models[order 5-incremental]",),
+    ),
+    Bug(
+        "noisy channel: letters that changed places are not put back", "channel/edits.py",
+        "Edge(at + 2, after + typed,", "Edge(at + 2, typed + after,",
+        ("tests/unit/channel/test_noisy_channel.py::test_the_search_finds_what_brute_force_finds[bab-2-False]",),
+    ),
+    Bug(
+        "noisy channel: of two ways to one text the worse is kept", "channel/decode.py",
+        "if held[same].score >= path.score:", "if held[same].score <= path.score:",
+        ("tests/unit/channel/test_noisy_channel.py::test_the_search_finds_what_brute_force_finds[aabb-2-False]",),
+    ),
 ]  # fmt: skip
