@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--lmplz")
     parser.add_argument("--orders", type=int, nargs="+", default=[5])
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--memory", type=int, default=0, help="MiB for both; 0: no bound for ours, 80%% for lmplz")
+    parser.add_argument("--memory", type=int, default=0, help="MiB for both; 0: no bound for ours, 512 for lmplz")
     parser.add_argument("--arpa", action="store_true", help="ours writes its ARPA file too, as lmplz always does")
     parser.add_argument("--compare", action="store_true", help="compare the files, number by number")
     parser.add_argument("--fallback", action="store_true", help="lmplz --discount_fallback, for little text")
@@ -117,7 +117,7 @@ def main() -> None:
             ours = [sys.executable, __file__, args.text, "--child", "--orders", str(order), *arpa]
             ours += ["--memory", str(args.memory)]
             theirs = [args.lmplz or "", "-o", str(order), "-T", folder, "--text", args.text, "--arpa", theirs_arpa]
-            theirs += ["-S", f"{args.memory}M"] if args.memory else []
+            theirs += ["-S", f"{args.memory or 512}M"]
             theirs += ["--discount_fallback"] if args.fallback else []
             kept: dict[str, list[float]] = {"octavo": [], "lmplz": []}
             for _ in range(args.rounds):

@@ -22,6 +22,7 @@ from octavo.ngrams.smoothing import Smoothed
 
 UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
 ZERO = -99.0
+UNLISTED = 1e-100  # of an unknown word, where a file has no <unk>; as in KenLM
 BLOCK = 1 << 18
 ENCODING: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}  # words are bytes to those tools
 
@@ -150,7 +151,10 @@ class _Reader:
                 never = names.get(BEGIN.encode())
                 if never is not None:
                     prob[never] = 0.0
-                key = np.arange(n)
+                if UNKNOWN.encode() not in names:
+                    names[UNKNOWN.encode()] = n
+                    prob, weights = np.append(prob, UNLISTED), np.append(weights, 1.0)
+                key = np.arange(len(names))
             else:
                 key = self._keys(order, at - n, words, names, keys)
             sort = np.argsort(key)
