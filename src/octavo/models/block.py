@@ -118,11 +118,10 @@ class Block(nn.Module):
             source = shared if self.config.topology == "parallel" else x
             y, new = layer(source, ctx, state, f"{depth}.{name}")
             add_up(aux, new)
-            y = dropout(y, self.config.dropout, self.training)
             if self.config.topology == "parallel":
-                total = total + y
+                total = dropout(y, self.config.dropout, self.training, onto=total)
             else:
-                x = (x if scale == 1 else x * scale) + y
+                x = dropout(y, self.config.dropout, self.training, onto=x if scale == 1 else x * scale)
                 x = layer.norm_sum(x) if layer.norm_sum is not None else x
         return (total if self.config.topology == "parallel" else x), aux
 

@@ -19,13 +19,14 @@ COLUMNS = 4096  # a flat array is taken for the queries of head 0, each with thi
 BITS = {torch.float32: 32, torch.bfloat16: 16}
 
 
-def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
-    """x with each number zero with probability p, the others divided by 1 - p; in training only."""
-    if not training or not p:
-        return x
-    if x.device.type not in ("cpu", "meta"):
-        return F.dropout(x, p)
-    return torch.ops.octavo.dropout(x, draw_seed(), p)
+def dropout(x: Tensor, p: float, training: bool = True, onto: Tensor | None = None) -> Tensor:
+    """x with each number zero with probability p, the others divided by 1 - p, in training; added to ``onto``."""
+    if training and p and x.device.type in ("cpu", "meta"):
+        together = onto is not None and (onto.shape, onto.dtype) == (x.shape, x.dtype)
+        y = torch.ops.octavo.dropout(x, draw_seed(), p, onto if together else None)
+        return y if together or onto is None else onto + y
+    y = F.dropout(x, p) if training and p else x
+    return y if onto is None else onto + y
 
 
 def draw_seed() -> Tensor:
@@ -57,10 +58,11 @@ def _fold(key: Tensor, number: Tensor) -> Tensor:
     return x ^ x >> 16
 
 
-def without(x: Tensor, keep: Tensor, p: float) -> Tensor:
-    """x where ``keep`` says so, grown so that the mean stays; in float32 at least, rounded once."""
+def without(x: Tensor, keep: Tensor, p: float, onto: Tensor | None = None) -> Tensor:
+    """x where ``keep`` says so, grown so that the mean stays, and the sum; in float32 at least, rounded once."""
     grown = full_precision(x) * (65536 / (65536 - threshold(p)))
-    return torch.where(keep, grown, 0.0).to(x.dtype)
+    y = torch.where(keep, grown, 0.0)
+    return (y if onto is None else y + onto).to(x.dtype)
 
 
 def dropout_of_weights(weights: Tensor, seed: Tensor, p: float) -> Tensor:
@@ -70,37 +72,37 @@ def dropout_of_weights(weights: Tensor, seed: Tensor, p: float) -> Tensor:
     return without(weights, kept(seed, p, heads[:, None, None], queries[:, None], S).view(B, H, T, S), p)
 
 
-def plain_dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
+def plain_dropout(x: Tensor, seed: Tensor, p: float, onto: Tensor | None = None) -> Tensor:
     """The operation without a kernel, for any dtype: the same mask."""
     queries = torch.arange(-(-x.numel() // COLUMNS), device=x.device)[:, None]
     keep = kept(seed, p, torch.zeros_like(queries), queries, COLUMNS)
-    return without(x, keep.flatten()[: x.numel()].view(x.shape), p)
+    return without(x, keep.flatten()[: x.numel()].view(x.shape), p, onto)
 
 
 @torch.library.custom_op("octavo::dropout", mutates_args=(), device_types="cpu")
-def _dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
+def _dropout(x: Tensor, seed: Tensor, p: float, onto: Tensor | None = None) -> Tensor:
     library, _ = build.attempt()
+    x, onto = x.contiguous(), None if onto is None else onto.contiguous()
     if library is None or x.dtype not in BITS:
-        return plain_dropout(x.contiguous(), seed, p)
-    x = x.contiguous()
-    y = torch.empty_like(x)
-    threads = torch.get_num_threads()
-    library.dropout(x.data_ptr(), y.data_ptr(), x.numel(), BITS[x.dtype], int(seed), threshold(p), threads)
+        return plain_dropout(x, seed, p, onto)
+    y, at = torch.empty_like(x), None if onto is None else onto.data_ptr()
+    how = (x.numel(), BITS[x.dtype], int(seed), threshold(p), torch.get_num_threads())
+    library.dropout(x.data_ptr(), at, y.data_ptr(), *how)
     return y
 
 
 @_dropout.register_fake
-def _(x: Tensor, seed: Tensor, p: float) -> Tensor:
+def _(x: Tensor, seed: Tensor, p: float, onto: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape)
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, seed, ctx.p = inputs
+    _, seed, ctx.p, ctx.onto = *inputs[:3], inputs[3] is not None
     ctx.save_for_backward(seed)
 
 
 def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-    return torch.ops.octavo.dropout(grad, *ctx.saved_tensors, ctx.p), None, None
+    return torch.ops.octavo.dropout(grad, *ctx.saved_tensors, ctx.p, None), None, None, grad if ctx.onto else None
 
 
 _dropout.register_autograd(_backward, setup_context=_save)

@@ -114,7 +114,7 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
     if config.attention != "sdpa" and config.device == "cpu":
         reason = build.attempt()[1]
         if reason:
-            notices.append(f"attention runs through torch's own kernels, slower: {reason}")
+            notices.append(f"attention and dropout run through torch alone, slower: {reason}")
         if config.attention == "auto":
             changes["attention"] = "sdpa" if reason else "kernel"
     elif config.attention == "auto":

@@ -213,13 +213,17 @@ Call call_of(const int64_t* shape, float scale, int threads, const int32_t* firs
   return {{shape[0], shape[1], shape[2], shape[3], shape[4]}, scale, std::max(threads, 1), first, dropout};
 }
 
-template <class X> void drop(const Dropout& dropout, const X* from, X* to, int64_t n, int threads) {
+template <class X>
+void drop(const Dropout& dropout, const void* given, const void* sum, void* result, int64_t n, int threads) {
+  const X *from = static_cast<const X*>(given), *onto = static_cast<const X*>(sum);
+  X* to = static_cast<X*>(result);
   const int64_t at_once = 16 * kRowOfFlat;
   std::atomic<int64_t> next{0};
   in_parallel(int(std::min<int64_t>(threads, (n + at_once - 1) / at_once)), [&] {
     for (int64_t begin; (begin = at_once * next++) < n;)
       for (int64_t i = begin; i < std::min(begin + at_once, n); i += kRowOfFlat)
-        drop_row(dropout.of(i / kRowOfFlat), from + i, to + i, std::min(kRowOfFlat, n - i));
+        drop_row(dropout.of(i / kRowOfFlat), from + i, onto == nullptr ? nullptr : onto + i, to + i,
+                 std::min(kRowOfFlat, n - i));
   });
 }
 
@@ -267,14 +271,11 @@ int attention_backward(const int64_t* shape, const int64_t* strides, float scale
                     : !backward<VectorUnit<bf16>>(call, strides, pointers);
 }
 
-// to = from where it is kept, times 65536 / (65536 - least); n contiguous numbers.
-void dropout(const void* from, void* to, int64_t n, int bits, int64_t seed, int least, int threads) {
+// to = from where it is kept, times 65536 / (65536 - least), plus onto, which may be null; n contiguous numbers.
+void dropout(const void* from, const void* onto, void* to, int64_t n, int bits, int64_t seed, int least, int threads) {
   using namespace octavo;
   const Dropout how = Dropout(seed, least).of(0);
-  if (bits == 32)
-    drop(how, static_cast<const float*>(from), static_cast<float*>(to), n, threads);
-  else
-    drop(how, static_cast<const bf16*>(from), static_cast<bf16*>(to), n, threads);
+  bits == 32 ? drop<float>(how, from, onto, to, n, threads) : drop<bf16>(how, from, onto, to, n, threads);
 }
 
 #if defined(OCTAVO_EMULATED_TILES)

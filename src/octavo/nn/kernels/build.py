@@ -118,7 +118,8 @@ def load(path: Path) -> ctypes.CDLL:
         address, whole, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
         call = (address, address, ctypes.c_float, whole, whole, address, long, whole, address)
         library.attention_forward.argtypes = library.attention_backward.argtypes = call
-        library.dropout.argtypes, library.dropout.restype = (address, address, long, whole, long, whole, whole), None
+        library.dropout.argtypes = (address, address, address, long, whole, long, whole, whole)
+        library.dropout.restype = None
         library.attention_init.argtypes = (ctypes.c_void_p,)
         library.attention_init(team())
     except (OSError, AttributeError) as error:

@@ -77,14 +77,17 @@ constexpr int64_t kRowOfFlat = 4096;
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the lower half of a word tells of the first of two elements");
 
 // N numbers side by side, so that the compiler makes vectors of them
-template <int64_t N, class X> void drop_some(const uint16_t* half, uint32_t least, float factor, const X* from, X* to) {
+template <int64_t N, class X>
+void drop_some(const uint16_t* half, const Dropout& row, const X* from, const X* onto, X* to) {
   float x[N];
-  for (int64_t i = 0; i < N; ++i) x[i] = to_float(from[i]) * factor;
-  for (int64_t i = 0; i < N; ++i) x[i] = half[i] >= least ? x[i] : 0.f;
+  for (int64_t i = 0; i < N; ++i) x[i] = to_float(from[i]) * row.factor;
+  for (int64_t i = 0; i < N; ++i) x[i] = half[i] >= row.least ? x[i] : 0.f;
+  for (int64_t i = 0; onto != nullptr && i < N; ++i) x[i] += to_float(onto[i]);
   for (int64_t i = 0; i < N; ++i) to[i] = from_float<X>(x[i]);
 }
 
-template <class X> void drop_row(const Dropout& row, const X* from, X* to, int64_t n) {
+// to = from where it is kept, added to onto if that is there
+template <class X> void drop_row(const Dropout& row, const X* from, const X* onto, X* to, int64_t n) {
   constexpr int64_t N = 2 * kVector;
   Words x, b = Words{} + row.b;
   for (int i = 0; i < kVector; ++i) x[i] = row.a + uint32_t(i) * kGolden;
@@ -92,10 +95,14 @@ template <class X> void drop_row(const Dropout& row, const X* from, X* to, int64
     alignas(64) uint16_t half[N];
     const Words w = draw(x, b);
     std::memcpy(half, &w, sizeof w);
-    if (n - i >= N)
-      drop_some<N>(half, row.least, row.factor, from + i, to + i);
-    else
-      for (int64_t j = i; j < n; ++j) drop_some<1>(half + j - i, row.least, row.factor, from + j, to + j);
+    const int64_t step = n - i >= N ? N : 1;
+    for (int64_t j = i; j < std::min(i + N, n); j += step) {
+      const X* const sum = onto == nullptr ? nullptr : onto + j;
+      if (step == N)
+        drop_some<N>(half, row, from + j, sum, to + j);
+      else
+        drop_some<1>(half + (j - i), row, from + j, sum, to + j);
+    }
   }
 }
 
