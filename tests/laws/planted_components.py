@@ -14,6 +14,10 @@ def laws_of(kind: str) -> str:
     return f"tests/laws/test_models.py::test_every_mixer_in_every_use[{kind}]"
 
 
+UNDER_DROPOUT = (
+    "tests/unit/nn/test_attention_dropout.py::test_output_and_gradients_equal_plain_attention_under_the_same_mask[33]"
+)
+
 BUGS = [
     Bug(
         "reader: a flag for the mask of packed rows", "nn/reader.py",
@@ -264,5 +268,36 @@ BUGS = [
         "noisy channel: of two ways to one text the worse is kept", "channel/decode.py",
         "if held[same].score >= path.score:", "if held[same].score <= path.score:",
         ("tests/unit/channel/test_noisy_channel.py::test_the_search_finds_what_brute_force_finds[aabb-2-False]",),
+    ),
+    Bug(
+        "dropout: the gradient of what was dropped", "nn/kernels/tiles_vector.h",
+        "kept0 *= m0, kept1 *= m1, slope0 *= m0, slope1 *= m1;", "kept0 *= m0, kept1 *= m1;",
+        (UNDER_DROPOUT,),
+    ),
+    Bug(
+        "dropout: before the softmax has its sum", "nn/kernels/tiles_vector.h",
+        "sum0 += p0;\n            sum1 += p1;\n            if (draws.least) draws.drop(lane, k0 + row, p0, p1);",
+        "if (draws.least) draws.drop(lane, k0 + row, p0, p1);\n            sum0 += p0;\n            sum1 += p1;",
+        (UNDER_DROPOUT,),
+    ),
+    Bug(
+        "dropout: every row of a batch drops the same", "nn/kernels/attention.cpp",
+        "f.draws.queries(call.dropout.of(b * H + h), q0);", "f.draws.queries(call.dropout.of(h), q0);",
+        (UNDER_DROPOUT,),
+    ),
+    Bug(
+        "dropout: both halves of a draw are one", "nn/dropout.py",
+        "torch.stack([x & 0xFFFF, x >> 16], -1)", "torch.stack([x & 0xFFFF, x & 0xFFFF], -1)",
+        ("tests/unit/nn/test_dropout.py::test_neighbours_are_independent[0.5]",),
+    ),
+    Bug(
+        "dropout: a seed of its own instead of the generator's", "nn/dropout.py",
+        "return torch.randint(2**62, (), dtype=torch.int64)", "return torch.tensor(5)",
+        ("tests/unit/nn/test_dropout.py::test_a_call_is_one_draw_from_the_generator",),
+    ),
+    Bug(
+        "dropout: what is added gets no gradient", "nn/dropout.py",
+        "None, None, grad if ctx.onto else None", "None, None, grad * 0 if ctx.onto else None",
+        ("tests/unit/nn/test_dropout.py::test_a_sum_with_something_else_is_the_same_to_the_bit[33-dtype0]",),
     ),
 ]  # fmt: skip
