@@ -97,13 +97,12 @@ def fill(model: nn.Module, tokenizer: Tokenizer, config: StartVectors) -> Covera
             f"{config.path} has none of the tokenizer's {len(spellings):,} tokens", fix="use other vectors"
         )
     new = torch.from_numpy(vectors.matrix[rows])
-    weight = embedding.weight
+    weight = embedding.weight.detach()  # the same numbers
     if config.scale == "match" and (size := float(new.square().mean().sqrt())) > 0:
         new = new * (float(weight[ids].float().square().mean().sqrt()) / size)
-    with torch.no_grad():
-        weight[ids] = new.to(weight)
-        if embedding.padding_id is not None:
-            weight[embedding.padding_id].zero_()
+    weight[ids] = new.to(weight)
+    if embedding.padding_id is not None:
+        weight[embedding.padding_id].zero_()
     return Coverage(len(ids), len(spellings), by_text)
 
 
