@@ -88,6 +88,7 @@ class Packed(ABC):
     n_rows: int
     seq_len: int
     fingerprint: str
+    in_place = False  # whether a target is that of its own slot, not the token after
 
     @abstractmethod
     def rows(self, epoch: int, index: Array) -> Batch:
@@ -155,8 +156,7 @@ class StreamRows(Packed):
         for row, number in enumerate(index):
             for local, piece in enumerate(self.pieces(epoch, int(number))):
                 here = slice(piece.start, piece.start + piece.tokens)
-                source = int(self.shards.offsets[piece.number]) + piece.offset
-                tokens[row, here] = self.shards.stream(source, source + piece.tokens)
+                tokens[row, here] = self.read(piece)
                 ids[row, here] = local
                 positions[row, here] = np.arange(piece.tokens)
         same = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)
@@ -168,6 +168,11 @@ class StreamRows(Packed):
             "positions": positions[:, :-1],
             "valid": ids[:, :-1] >= 0,
         }
+
+    def read(self, piece: Piece) -> Array:
+        """The tokens of a piece."""
+        start = int(self.shards.offsets[piece.number]) + piece.offset
+        return self.shards.stream(start, start + piece.tokens)
 
     def pieces(self, epoch: int, number: int) -> list[Piece]:
         order, starts = self._order(epoch)
