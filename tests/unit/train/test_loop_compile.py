@@ -1,8 +1,15 @@
-"""Where a compiled step cannot be built after all: one notice, and the same training without it."""
+"""Compiled steps with dropout; where a step cannot be built after all: one notice, and the same training without it."""
 
+from typing import Any
+
+import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch._inductor.exc import InductorError
-from training import log_of, trainer, weights_hash
+from training import log_of, tiny, trainer, weights_hash
+
+from octavo.errors import StopRequested
+from octavo.training.loop import Trainer
 
 
 def test_without_a_compiler_the_run_goes_on_and_says_so_once(tmp_path, monkeypatch, capsys):
@@ -20,3 +27,26 @@ def test_without_a_compiler_the_run_goes_on_and_says_so_once(tmp_path, monkeypat
     assert weights_hash(tried.model) == weights_hash(plain.model)
     losses = [[r["loss"] for r in log_of(tmp_path / name) if r["kind"] == "train"] for name in ("plain", "tried")]
     assert losses[0] and losses[0] == losses[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_compiled_run_with_dropout_resumes_to_the_same_bits(tmp_path, recompute):
+    def made(folder: str, **changes: Any) -> Trainer:
+        model = tiny(dropout=0.2, embed_dropout=0.2)
+        return trainer(
+            tmp_path / folder, model=model, compile="step", activation_checkpointing=recompute, steps=6, **changes
+        )
+
+    torch._dynamo.reset()
+    counters.clear()
+    whole = made("whole")
+    whole.fit()
+    assert recompute or not counters["graph_break"]
+    with pytest.raises(StopRequested):
+        made("part", stop_after=3).fit()
+    torch.manual_seed(99)  # another process
+    part = made("part")
+    part.fit()
+    assert log_of(tmp_path / "part") == log_of(tmp_path / "whole")
+    assert weights_hash(part.model) == weights_hash(whole.model)
