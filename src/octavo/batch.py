@@ -21,7 +21,7 @@ class Batch:
 
     tokens, targets (B, T) int64; loss_mask (B, T) float, 0 where a target does not count; doc_ids and
     positions (B, T) int64; valid (B, T) bool. ``extra`` holds what one objective needs beside these, each
-    with the row axis first. ``padding`` "end" says that what is not valid stands at the end of every row.
+    with the row axis first, and the ``source`` (B, S) and ``source_valid`` of pairs. ``padding`` "end" says that what is not valid stands at the end of every row.
     """
 
     tokens: Tensor
@@ -36,6 +36,10 @@ class Batch:
     @classmethod
     def from_numpy(cls, arrays: Mapping[str, np.ndarray], device: str | torch.device = "cpu") -> Batch:
         """Take a loader's arrays; names that are not fields go to ``extra``."""
+        if "labels" in arrays:  # texts one a row: what is padding in all of them is left out
+            longest = -(-max(1, int(arrays["valid"].any(0).nonzero()[0].max(initial=0)) + 1) // 8) * 8
+            cut = (*TENSORS, "token_types")
+            arrays = {name: a[:, :longest] if name in cut else a for name, a in arrays.items()}
         dtypes = {"loss_mask": torch.float32, "valid": torch.bool}
         tensors = {
             name: torch.from_numpy(np.ascontiguousarray(arrays[name])).to(device, dtypes.get(name, torch.long))
@@ -54,8 +58,10 @@ class Batch:
     def inputs(self) -> Inputs:
         """What the model is given."""
         return Inputs(
-            self.tokens, valid=self.valid, doc_ids=self.doc_ids, positions=self.positions, padding=self.padding
-        )
+            self.tokens, valid=self.valid, doc_ids=self.doc_ids, positions=self.positions, padding=self.padding,
+            token_types=self.extra.get("token_types"), source=self.extra.get("source"),
+            source_valid=self.extra.get("source_valid"), prefix=self.extra.get("prefix"),
+        )  # fmt: skip
 
     def split(self, rows: int) -> Iterator[Batch]:
         """Micro-batches of at most ``rows`` rows."""

@@ -16,6 +16,7 @@ from octavo.errors import ConfigError, OctavoError, ResourceError, UnsupportedEr
 from octavo.feed import rows_of_step, seq_len_of, settings
 from octavo.models.cost import cost
 from octavo.models.decoder import Decoder, build
+from octavo.models.encoder_decoder import EncoderDecoder
 from octavo.training.machine import DTYPES, compile_works, cores, matmul_peak
 from octavo.training.memory import Memory, available_bytes, training_bytes
 from octavo.training.rehearse import Rehearsal
@@ -74,6 +75,10 @@ def plan(recipe: Recipe, stage: str = "pretrain", *, budget: float = 12.0) -> Pl
     """
     train = settings(recipe, stage)
     model = model_of(recipe)
+    if isinstance(model, EncoderDecoder.Config):
+        raise UnsupportedError(
+            "encoder-decoders are not forecast", fix="start the run: it says after a few steps how long it will take"
+        )
     seq_len = seq_len_of(train, model.max_seq_len)
     rows = rows_of_step(train, seq_len)
     if rows is None:

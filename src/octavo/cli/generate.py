@@ -41,11 +41,21 @@ def generate(
     seed: Seed = None,
     stop: Stop = None,
     n: Annotated[int, typer.Option("--n", min=1, max=64, help="How many continuations.")] = 1,
+    beams: Annotated[int, typer.Option(min=1, max=64, help="Above 1: follow as many texts, print the best.")] = 1,
+    length_penalty: Annotated[float, typer.Option(help="Of beams: above 0 prefers long texts.")] = 1.0,
+    infill: Annotated[str, typer.Option(help="What comes after a gap: write what stands between.")] = "",
 ) -> None:
-    """Continue a text with a model; the text appears as it is made.
+    """Continue a text with a model; the text appears as it is made. An encoder-decoder writes its answer to it.
+
+    With --beams nothing is drawn: the text of the highest probability that the search finds is printed, with --n
+    the best n, and the options of drawing do not count. --infill is for models trained with fim.
 
     Example: [bold]octavo generate runs/quickstart "The json module"[/bold]   ·   [bold]… MODEL < start.txt[/bold]
     """
+    if beams > 1 and (stop or repetition_penalty != 1):
+        raise ConfigError("--beams knows neither --stop nor --repetition-penalty", fix="leave them out, or --beams")
+    if n > beams > 1:
+        raise ConfigError(f"--n {n} of --beams {beams}", fix="ask for no more texts than beams")
     config = sampling(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -62,18 +72,31 @@ def generate(
 
     import octavo
     from octavo.infer import generate as decode
+    from octavo.infer.beam import BeamConfig, beam_search
+    from octavo.infer.infill import encode_gap
+    from octavo.models.encoder_decoder import EncoderDecoder
 
     lm: Any = octavo.load(model)
-    ids = lm.prompt_ids(text)
+    ids = encode_gap(lm.tokenizer, text, infill) if infill else lm.prompt_ids(text)
+    text = "" if isinstance(lm.model, EncoderDecoder) else text
+    if beams > 1:
+        found = beam_search(
+            lm.model, lm.tokenizer, [ids],
+            BeamConfig(n_beams=beams, length_penalty=length_penalty, max_new_tokens=max_new_tokens),
+        )[0]  # fmt: skip
+        for number, beam in enumerate(found[:n], start=1):
+            head = f"--- {number} ({beam.score:.4f})\n" if n > 1 else ""
+            sys.stdout.write(f"{head}{text}{beam.text}{infill}\n")
+        return
     if n == 1:
         sys.stdout.write(text)
         for piece in decode.stream(lm.model, lm.tokenizer, ids, config):
             sys.stdout.write(piece)
             sys.stdout.flush()
-        sys.stdout.write("\n")
+        sys.stdout.write(f"{infill}\n")
         return
     for number, completion in enumerate(decode.generate(lm.model, lm.tokenizer, [ids] * n, config), start=1):
-        sys.stdout.write(f"--- {number}\n{text}{completion.text}\n")
+        sys.stdout.write(f"--- {number}\n{text}{completion.text}{infill}\n")
 
 
 def sampling(**settings: Any) -> SamplingConfig:

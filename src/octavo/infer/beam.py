@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from octavo.errors import ConfigError
-from octavo.infer.generate import FinishReason, Window, check_prompts, evaluating, start_id
+from octavo.infer.generate import FinishReason, Window, check_prompts, evaluating
 from octavo.models.encoder_decoder import EncoderDecoder
 from octavo.schema import Config
 
@@ -118,7 +118,7 @@ def beam_search(
     ends = frozenset(tokenizer.stop_ids if stop_ids is None else stop_ids)
     n_tokens = min(model.vocab_size, tokenizer.vocab_size)
     sources = prompts if isinstance(model, EncoderDecoder) else None
-    texts = [[start_id(model, tokenizer)] for _ in prompts] if isinstance(model, EncoderDecoder) else prompts
+    texts = [[model.config.first_token(tokenizer.special)] for _ in prompts] if sources is not None else prompts
     if n_tokens <= len(ends):
         raise ConfigError("every token ends a text", fix="name fewer stop_ids")
     searches = [_Search(config, min(config.max_new_tokens, model.max_seq_len - len(t)), ends) for t in texts]
@@ -139,9 +139,7 @@ def beam_search(
             new = [ids[-1:] for search in active for ids in search.running]
             if active:
                 window.select(rows)
-    return [
-        [_found(tokenizer, ids, score, ends) for score, ids in search.ended] for search in searches
-    ]  # fmt: skip
+    return [[_found(tokenizer, ids, score, ends) for score, ids in search.ended] for search in searches]
 
 
 def _found(tokenizer: Tokenizer, ids: tuple[int, ...], score: float, ends: Collection[int]) -> Beam:

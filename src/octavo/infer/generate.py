@@ -139,7 +139,7 @@ def pieces(
     ends = frozenset(tokenizer.stop_ids if stop_ids is None else stop_ids)
     n_tokens = min(model.vocab_size, tokenizer.vocab_size)  # rows that pad the embedding are not text
     sources = prompts if isinstance(model, EncoderDecoder) else None
-    prompts = [[start_id(model, tokenizer)] for _ in prompts] if sources is not None else prompts
+    prompts = [[model.config.first_token(tokenizer.special)] for _ in prompts] if sources is not None else prompts
     texts = [_Text(tokenizer, prompt, config.stop) for prompt in prompts]
     streams = generators(config, len(prompts))
     produced: list[list[int]] = [[] for _ in prompts]
@@ -179,17 +179,6 @@ def encode_source(tokenizer: Tokenizer, text: str) -> list[int]:
     """A plain text as an encoder reads it: between the tokens that begin and end texts, where there are such."""
     eos = tokenizer.special.eos
     return [*encode_prompt(tokenizer, text), *([] if eos is None else [eos])]
-
-
-def start_id(model: EncoderDecoder, tokenizer: Tokenizer) -> int:
-    """The token that targets begin with."""
-    special = tokenizer.special
-    found = next((i for i in (model.config.start_id, special.bos, special.eos) if i is not None), None)
-    if found is None:
-        raise ConfigError(
-            "targets have no first token: the tokenizer has neither bos nor eos", fix="set model.start_id"
-        )
-    return found
 
 
 class Window:

@@ -21,6 +21,7 @@ from octavo.nn.dropout import dropout
 from octavo.nn.norm import RMSNorm
 from octavo.nn.position import PositionDims, Positions
 from octavo.nn.projection import Embedding, InitConfig, Projection, initialise
+from octavo.nn.reader import FullReader
 from octavo.nn.rope import RotaryPositions
 from octavo.nn.state import ContiguousState, State, StateSpec, place
 from octavo.nn.tables import NORMS, POSITIONS, TOKEN_MIXERS
@@ -193,6 +194,8 @@ class Decoder(nn.Module):
         ctx.record, ctx.causal = needs & {"attention", "cross_attention"}, self.config.causal
         ctx.memory = self._checked(inputs.memory, inputs.tokens.shape[0])
         self._check_length(inputs.tokens.shape[1], ctx.positions)
+        if inputs.prefix is not None:
+            ctx.prefix, ctx.plain = self._prefix_ends(inputs.prefix, ctx), False
         contexts = self._contexts(ctx)
         embedded = self._embedded(inputs)
         x = self.positions.embed(embedded, ctx.positions)
@@ -224,6 +227,17 @@ class Decoder(nn.Module):
             classes=classes,
             aux=aux,
         )
+
+    def _prefix_ends(self, prefix: Tensor, ctx: Context) -> Tensor:
+        """The slot after the last prefix token of each token's document, (B, T); 0 where it has none."""
+        mixers = ((name, mixer) for name, mixer in self.mixers().items() if name.endswith(".mixer"))
+        unable = (n for n, m in mixers if type(getattr(m, "reader", None)).__dict__.get("mask", FullReader.mask)
+                  is not FullReader.mask or not isinstance(getattr(m, "reader", None), FullReader))  # fmt: skip
+        if (name := next(unable, None)) is not None:
+            raise UnsupportedError(f"{name} cannot read a prefix both ways", fix="use attention that reads everything")
+        same = ctx.doc_ids[:, :, None] == ctx.doc_ids[:, None]
+        ends = torch.where(same & (prefix & ctx.valid)[:, None], ctx.slots[:, None] + 1, 0)
+        return ends.amax(-1)
 
     def _checked(self, memory: Memory | None, rows: int) -> Memory | None:
         """A memory that fits the rows, and is read."""

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from octavo.errors import UnsupportedError
+from octavo.errors import ConfigError, UnsupportedError
 from octavo.models.block import Block, BlockConfig, add_up
 from octavo.models.decoder import NEEDS, Decoder
 from octavo.models.heads import Pooling, pool
@@ -77,6 +77,21 @@ class EncoderDecoder(nn.Module):
             told = {"vocab_size": self.vocab_size}
             return self.encoder.model_copy(update=told), self.decoder.model_copy(update=told)
 
+        def first_token(self, special: Any) -> int:
+            """The token that targets begin with, given the tokenizer's special ids.
+
+            Raises:
+                ConfigError: there is none that could be meant.
+            """
+            found = next((i for i in (self.start_id, special.bos, special.eos) if i is not None), None)
+            if found is None:
+                raise ConfigError("the tokenizer has neither bos nor eos to begin targets with", fix="set start_id")
+            return found
+
+        @property
+        def positions(self) -> Any:
+            return self.decoder.positions
+
         @property
         def d_model(self) -> int:
             return self.decoder.d_model
@@ -131,8 +146,9 @@ class EncoderDecoder(nn.Module):
         elif of_encoder:
             raise UnsupportedError(f"{sorted(of_encoder)[0]} needs a source in this pass", fix="give Inputs.source")
         target = Inputs(
-            inputs.tokens, inputs.valid, inputs.doc_ids, inputs.positions, inputs.padding, inputs.token_types, memory
-        )
+            inputs.tokens, inputs.valid, inputs.doc_ids, inputs.positions, inputs.padding, inputs.token_types,
+            inputs.prefix, memory,
+        )  # fmt: skip
         out = self.decoder(target, state, needs - of_encoder)
         add_up(out.aux, aux)
         out.encoder_hidden_states, out.encoder_attention = found.hidden_states, found.attention

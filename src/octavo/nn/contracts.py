@@ -78,7 +78,8 @@ class Context:
     True where a token begins another document than the valid token before it, the one place where a recurrence resets.
     Padding stands at the end of each row, whatever the inputs were. ``plain`` says that nothing is packed, padded or
     cached, so that a causal flag can stand for the mask; without ``restarts`` no document begins but at a row's first
-    token. ``causal`` is False in a model that reads both ways. ``memory`` is there where this pass brings one.
+    token. ``causal`` is False in a model that reads both ways. ``memory`` is there where this pass brings one;
+    ``prefix`` (B, T) is the first slot beyond the prefix of each token's document, where there are prefixes.
     ``rotations`` by head width and ``bias`` are what the position scheme gives to attention.
     """
 
@@ -92,6 +93,7 @@ class Context:
     restarts: bool = True
     causal: bool = True
     memory: Memory | None = None
+    prefix: Tensor | None = None
     rotations: Mapping[int, Rotation | None] = field(default_factory=dict)
     bias: Callable[[Context, Keys], Tensor] | None = None
     record: frozenset[str] = frozenset()
@@ -104,16 +106,19 @@ class Context:
         """The mask rule: who may read whom, (B, 1, T, S), True where reading is allowed.
 
         A query reads keys of its own document that are not later than itself and, with a ``window``, not
-        further back than ``window - 1`` tokens; where it is not ``causal``, not further ahead either. Queries on padding read everything: their output is
-        discarded, and a softmax over nothing would be NaN.
+        further back than ``window - 1`` tokens; where it is not ``causal``, not further ahead either. The prefix of
+        its document is read by all of it. Queries on padding read everything: their output is discarded, and a softmax
+        over nothing would be NaN.
         """
         shared = keys is self.keys  # every layer over the same keys asks for the same mask
         if shared and (causal, window) in self._masks:
             return self._masks[causal, window]
         query, key = self.slots[:, :, None], keys.slots[:, None, :]
         allowed = (key >= 0) & (keys.doc_ids[:, None, :] == self.doc_ids[:, :, None])
-        if causal:
+        if causal and self.prefix is None:
             allowed = allowed & (key <= query)
+        elif causal and self.prefix is not None:
+            allowed = allowed & ((key <= query) | (key < self.prefix[:, :, None]))
         if window is not None:
             allowed = allowed & (key > query - window)
             allowed = allowed if causal else allowed & (key < query + window)
@@ -161,6 +166,9 @@ class Inputs:
     document's start; token_types (B, T), by default 0, where the model has types. ``padding`` "end" is the caller's
     word that padding stands at the end of every row.
 
+    ``prefix`` (B, T) bool marks the tokens that all of their document may read, those before them too: a prefix
+    language model (Raffel et al. 2020, section 3.2.1). A prefix comes whole, in one pass.
+
     For models that read something beside their text: ``memory``, or for an encoder-decoder the ``source`` (B, S)
     that it makes one of, source_valid (B, S) and, for packed rows, source_doc_ids (B, S). With a state it is given
     with the first tokens only.
@@ -172,6 +180,7 @@ class Inputs:
     positions: Tensor | None = None
     padding: Literal["anywhere", "end"] = "anywhere"
     token_types: Tensor | None = None
+    prefix: Tensor | None = None
     memory: Memory | None = None
     source: Tensor | None = None
     source_valid: Tensor | None = None
@@ -182,7 +191,7 @@ class Inputs:
         if self.valid is None or self.padding == "end":
             return self, None
         order = (~self.valid).byte().argsort(dim=1, stable=True)
-        names = ("valid", "doc_ids", "positions", "token_types")
+        names = ("valid", "doc_ids", "positions", "token_types", "prefix")
         moved = {name: t.gather(1, order) for name in names if (t := getattr(self, name)) is not None}
         return Inputs(self.tokens.gather(1, order), **moved, padding="end", memory=self.memory), order.argsort(1)
 
