@@ -230,9 +230,9 @@ class Decoder(nn.Module):
 
     def _prefix_ends(self, prefix: Tensor, ctx: Context) -> Tensor:
         """The slot after the last prefix token of each token's document, (B, T); 0 where it has none."""
-        mixers = ((name, mixer) for name, mixer in self.mixers().items() if name.endswith(".mixer"))
-        unable = (n for n, m in mixers if type(getattr(m, "reader", None)).__dict__.get("mask", FullReader.mask)
-                  is not FullReader.mask or not isinstance(getattr(m, "reader", None), FullReader))  # fmt: skip
+        readers = {n: getattr(m, "reader", None) for n, m in self.mixers().items() if n.endswith(".mixer")}
+        # What is a full reader by its mask alone reads by the mask rule, windows included.
+        unable = (n for n, r in readers.items() if getattr(type(r), "mask", None) is not FullReader.mask)
         if (name := next(unable, None)) is not None:
             raise UnsupportedError(f"{name} cannot read a prefix both ways", fix="use attention that reads everything")
         same = ctx.doc_ids[:, :, None] == ctx.doc_ids[:, None]

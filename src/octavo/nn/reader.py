@@ -113,7 +113,8 @@ class FullReader(Reader):
     def _by_ranges(
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, state: LayerState | None, reading: Reading
     ) -> bool:
-        told = reading.training and ctx.causal and ctx.prefix is None and state is None and "attention" not in ctx.record
+        causal = ctx.causal and ctx.prefix is None
+        told = reading.training and causal and state is None and "attention" not in ctx.record
         bare = reading.softcap is None and reading.sinks is None and ctx.bias is None
         return told and bare and by_ranges(reading.backend, q, k, v)
 
