@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
-import re
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -48,14 +47,13 @@ def go(raw: dict[str, Any], out: Path, **options: Any) -> RunFolder:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a finished run in runs/counted, made by a process of its own."""
+    """A folder with a finished run in runs/counted."""
     folder = tmp_path_factory.mktemp("counted")
     write_recipe(folder)
-    command = [sys.executable, "-m", "octavo", "run", "counted.yaml", "--no-chat", "--workers", "1"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert "model   runs/counted/model" in done.stdout and "octavo generate runs/counted" in done.stdout
-    assert re.search(r"[\d,]+ n-grams, [\d,]+ bytes", done.stderr)
+    shown = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(shown):
+        assert main(["run", "counted.yaml", "--no-chat", "--workers", "1"]) == 0
+    assert "model   runs/counted/model" in shown.getvalue() and "octavo generate runs/counted" in shown.getvalue()
     return folder
 
 
@@ -173,8 +171,6 @@ def test_correct_mends_what_was_typed(here, capsys, monkeypatch):
     assert len(rows) == 3 and rows[0][1] == "our teacher"
     assert [float(p) for p, _ in rows] == sorted((float(p) for p, _ in rows), reverse=True)
     Path("pairs.tsv").write_text("thx cat\tthe cat\na dxg\ta dog\nthx moon\tthe moon\n")
-    import io
-
     monkeypatch.setattr("sys.stdin", io.StringIO("thx cat paints\n\na dxg\n"))
     assert main(["correct", "--model", "runs/counted", "--pairs", "pairs.tsv"]) == 0
     assert capsys.readouterr().out == "the cat paints\n\na dog\n"
