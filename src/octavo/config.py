@@ -20,10 +20,13 @@ from pydantic import Field, ValidationError, model_validator
 
 from octavo.data.chat import ChatConfig
 from octavo.data.facts import FactsConfig
+from octavo.data.labelled import LabelledConfig
+from octavo.data.pairs import PairsConfig
 from octavo.data.prepare import DataConfig
 from octavo.errors import ConfigError, ConfigErrors, did_you_mean, nearest
 from octavo.eval.runner import EvalConfig
 from octavo.models.decoder import Decoder
+from octavo.models.encoder_decoder import EncoderDecoder
 from octavo.models.tables import MODELS
 from octavo.predictors.kinds import PREDICTORS
 from octavo.predictors.settings import CountedConfig
@@ -32,6 +35,7 @@ from octavo.tokenizer.config import ByteBPE, TokenizerConfig
 from octavo.training.settings import TrainConfig
 from octavo.vectors.config import StartVectors
 
+DENOISING = ("spans", "infilling")
 MAX_BYTES, MAX_ENTRIES, MAX_DEPTH, MAX_DIGITS = 1 << 18, 20_000, 50, 300
 # What PyYAML raises, of its own and by accident, where a tag stands before what it cannot be.
 YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
@@ -58,11 +62,44 @@ class ChatData(ChatConfig):
     kind: Literal["chat"] = "chat"
 
 
-class TuneConfig(TrainConfig):
-    """Instruction tuning: the same loop, with a chat source and the renderer's loss mask."""
+class PairsData(PairsConfig):
+    """Pairs of a source and a target, for an encoder-decoder."""
 
-    data: FactsData | ChatData = Field(default=FactsData(), discriminator="kind")
+    kind: Literal["pairs"] = "pairs"
+
+
+class LabelledData(LabelledConfig):
+    """Texts or pairs of texts with a label: a head of classes is trained, with the objective of that name."""
+
+    kind: Literal["labelled"] = "labelled"
+
+
+class TuneConfig(TrainConfig):
+    """Instruction tuning: the same loop, with a chat source and the renderer's loss mask; of pairs, from the start."""
+
+    data: FactsData | ChatData | PairsData | LabelledData = Field(default=FactsData(), discriminator="kind")
     held_out: float = Field(default=0.05, ge=0, lt=1, description="share of a file's conversations kept for validation")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _objective_of_the_data(cls, raw: Any) -> Any:
+        data = raw.get("data") if isinstance(raw, Mapping) else None
+        if isinstance(data, Mapping) and data.get("kind") == "labelled" and "objective" not in raw:
+            return {**raw, "objective": {"kind": "classes", "problem": data.get("problem", "single_label")}}
+        return raw
+
+    @model_validator(mode="after")
+    def _one_purpose(self) -> TuneConfig:
+        labelled, kind = isinstance(self.data, LabelledData), self.objective.kind
+        if kind == "masked":
+            raise ValueError("objective masked is for the train section; use causal or classes")
+        if getattr(self.objective, "fim", None) is not None:
+            raise ValueError("objective.fim is for the train section: conversations are told as they are")
+        if labelled != (kind == "classes"):
+            raise ValueError(f"objective {kind} does not go with data {self.data.kind}; use classes with labelled")
+        if isinstance(self.data, LabelledData) and self.objective.problem != self.data.problem:
+            raise ValueError(f"objective.problem = {self.objective.problem}, data.problem = {self.data.problem}")
+        return self
 
 
 class Recipe(Config):
@@ -97,9 +134,20 @@ class Recipe(Config):
             return self._countable(self.model)
         if self.train is not None and self.data is None:
             raise ValueError("train needs text: set data.sources")
+        if self.train is not None:
+            self._asked_both_ways(self.train.objective.kind)
         if self.train is None and self.tune is None:
             raise ValueError("nothing to do: give a train section, a tune section or both")
-        if self.train is None and not pretrained:
+        paired = self.tune is not None and isinstance(self.tune.data, PairsData)
+        mended = self.train is not None and self.train.objective.kind in DENOISING
+        both = isinstance(self.model, EncoderDecoder.Config)
+        wrong = (self.tune is not None and paired != both) or (self.train is not None and mended != both)
+        if wrong and not pretrained:
+            raise ValueError(
+                "an encoder-decoder trains on damaged text (train.objective.kind spans or infilling) and is tuned on "
+                "pairs (tune.data.kind pairs), and no other model is"
+            )
+        if self.train is None and not pretrained and not paired:
             raise ValueError("tune alone needs a trained model: set model.kind to pretrained and model.path to it")
         if not pretrained:
             limit = self.model.max_seq_len
@@ -128,6 +176,15 @@ class Recipe(Config):
         elif self.tokenizer != ByteBPE():
             raise ValueError("a pretrained model brings its tokenizer: leave the tokenizer section out")
         return self
+
+    def _asked_both_ways(self, kind: str) -> None:
+        """Hidden tokens are asked of a model that reads both ways, the next token of one that does not."""
+        if kind == "classes":
+            raise ValueError("train.objective classes needs labelled texts; use tune.data.kind=labelled")
+        causal = getattr(self.model, "causal", None)
+        if causal is not None and kind in ("masked", "causal") and causal != (kind == "causal"):
+            fix = "model.causal=false" if kind == "masked" else "train.objective.kind=masked"
+            raise ValueError(f"train.objective {kind} does not go with model.causal = {str(causal).lower()}; use {fix}")
 
     def _countable(self, model: CountedConfig) -> Recipe:
         kind = model.kind  # type: ignore[attr-defined] - every entry of the table has one

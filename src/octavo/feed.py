@@ -10,16 +10,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import compress, islice
 from pathlib import Path
+from typing import Any
 
-from octavo.config import ChatData, Pretrained, Recipe, TuneConfig
-from octavo.data import chat, check_chat, check_files, facts, prepare, show
+from octavo.config import DENOISING, ChatData, LabelledData, PairsData, Pretrained, Recipe, TuneConfig
+from octavo.data import chat, check_chat, check_files, denoising, facts, labelled, pairs, prepare, show
 from octavo.data import check as data_check
 from octavo.data.chat import ChatReport, Conversation
 from octavo.data.check import Documents, Finding, HeldOut
+from octavo.data.fim import FimRows
 from octavo.data.loader import Loader, pretraining_loader, sweep
+from octavo.data.masking import MaskedRows
 from octavo.data.pack import Batch, Packed, StreamRows, WholeRows
 from octavo.data.shards import Shards
-from octavo.errors import CheckpointError, ConfigError, DataError, did_you_mean
+from octavo.errors import CheckpointError, ConfigError, DataError, UnsupportedError, did_you_mean
+from octavo.infer.generate import encode_source
+from octavo.models.encoder_decoder import EncoderDecoder
 from octavo.predictors.settings import CountedConfig
 from octavo.run import RunFolder
 from octavo.tokenizer import Tokenizer
@@ -40,15 +45,20 @@ class Feed:
         held_out: the same of ``valid``.
         report: in tuning, what became of the rows.
         notices: what the user should be told.
+        pairs, held_pairs: in tuning an encoder-decoder, in the place of conversations.
+        classes: of labelled texts, which are the rows of ``source`` and ``valid``.
     """
 
     source: Loader
-    valid: StreamRows | WholeRows | None
+    valid: Packed | None
     tokens: int
     conversations: list[Conversation] = field(default_factory=list)
     held_out: list[Conversation] = field(default_factory=list)
     report: ChatReport = field(default_factory=ChatReport)
     notices: list[str] = field(default_factory=list)
+    pairs: list[pairs.Pair] = field(default_factory=list)
+    held_pairs: list[pairs.Pair] = field(default_factory=list)
+    classes: tuple[str, ...] = ()
 
 
 def stages(recipe: Recipe) -> list[str]:
@@ -104,9 +114,12 @@ def look(recipe: Recipe, folder: Path, stage: str, *, split: str = "train", step
         ConfigError: there is no such stage, step or split.
         DataError: what it reads is not there.
     """
-    config, found = settings(recipe, stage), of_stage(recipe, folder, stage)
+    config = settings(recipe, stage)
+    if isinstance(model_shape(recipe), EncoderDecoder.Config):
+        raise UnsupportedError("rows of sources and targets are not shown yet", fix="look at the file of pairs itself")
+    found = of_stage(recipe, folder, stage)
     tokenizer = Tokenizer.load(folder / "tokenizer")
-    noun = "document" if stage == "pretrain" else "conversation"
+    noun = "document" if stage == "pretrain" else "text" if found.classes else "conversation"
     if split == "valid":
         if found.valid is None:
             raise ConfigError(f"{stage} has no held-out rows", fix="look at --split train")
@@ -140,12 +153,27 @@ def _teller(
         numbers = {piece.number for packed, epoch, row in places for piece in packed.pieces(epoch, row)}
         known = show.origins(folder / "data", split, numbers)
         return lambda number: show.Told(known.get(number, ""))
+    if found.classes:
+        return _told_of_texts(found, split)
     told = found.conversations if split == "train" else found.held_out
 
     def tell(number: int) -> show.Told:
         said = told[number]
         where = f"{said.source}:{said.line}" if said.source else ""
         return show.Told(where, tokenizer.render(said.messages, tools=said.tools).ids)
+
+    return tell
+
+
+def _told_of_texts(found: Feed, split: str) -> show.Tell:
+    packed = found.source.datasets[0] if split == "train" else found.valid
+    assert isinstance(packed, labelled.LabelledRows)
+    rows = packed.given
+
+    def tell(number: int) -> show.Told:
+        label = rows[number].label
+        named = label if isinstance(label, str) else ", ".join(map(str, label))
+        return show.Told(f"{rows[number].source}:{rows[number].line}, label {named}")
 
     return tell
 
@@ -219,7 +247,7 @@ def _check_tokens(recipe: Recipe, folder: Path) -> Iterator[Finding]:
 
 def _check_tuning(recipe: Recipe, folder: Path, limit: int) -> Iterator[Finding]:
     config = recipe.tune
-    if config is None:
+    if config is None or isinstance(config.data, PairsData | LabelledData):
         return
     report = ChatReport()
     trained, held_out = conversations(config, recipe.seed, report=report)
@@ -243,11 +271,56 @@ def pretraining(recipe: Recipe, folder: Path, seq_len: int) -> Feed:
     shards.require(Tokenizer.load(folder / "tokenizer"))
     weights = [source.weight for source in recipe.data.sources] if recipe.data else None
     n_rows = rows_of_step(recipe.train, seq_len)
-    source = pretraining_loader(shards, seq_len, n_rows, seed=recipe.seed, weights=weights)
-    valid = None
+    objective: Any = recipe.train.objective
+
+    def masked(packed: Packed, **changes: Any) -> Packed:
+        shares = objective.model_dump(include={"probability", "mask", "random", "static", "whole_words"})
+        return MaskedRows(packed, Tokenizer.load(folder / "tokenizer"), seed=recipe.seed, **shares | changes)
+
+    asked: dict[str, Any] = {"changed": masked} if objective.kind == "masked" else {}
+    if objective.kind == "prefix":
+        asked = {"changed": lambda packed: denoising.PrefixRows(packed, seed=recipe.seed)}
+    if objective.kind in DENOISING:
+        asked = {"changed": _damaged(recipe, Tokenizer.load(folder / "tokenizer"))}
+    told = {"changed": _middle_last(recipe, folder)} if getattr(objective, "fim", None) else asked
+    source = pretraining_loader(shards, seq_len, n_rows, seed=recipe.seed, weights=weights, **told)
+    valid: Packed | None = None
     if has_held_out(folder):
         valid = StreamRows(Shards.open(folder / "data" / "valid"), seq_len, shuffle=False)
+        valid = asked["changed"](valid, **{"static": True} if objective.kind == "masked" else {}) if asked else valid
     return Feed(source, valid, shards.n_tokens)
+
+
+def _middle_last(recipe: Recipe, folder: Path) -> Callable[[Packed], Packed]:
+    """What `fim` makes of the rows of documents.
+
+    Raises:
+        ConfigError: the tokenizer has no tokens for it.
+    """
+    objective: Any = recipe.train.objective if recipe.train else None
+    markers = Tokenizer.load(folder / "tokenizer").fim
+    if markers is None:
+        raise ConfigError(
+            "fim needs three tokens that mark prefix, suffix and middle, and this tokenizer has none",
+            fix="train a tokenizer, or start from a model that has them",
+        )
+
+    def made(packed: Packed) -> Packed:
+        assert isinstance(packed, StreamRows)
+        return FimRows(packed, markers, rate=objective.fim.rate, spm=objective.fim.spm)
+
+    return made
+
+
+def _damaged(recipe: Recipe, tokenizer: Tokenizer) -> Callable[[Packed], Packed]:
+    """What an objective that mends text makes of the rows of documents."""
+    objective: Any = recipe.train.objective if recipe.train else None
+    shape = model_shape(recipe)
+    start, vocab_size = shape.first_token(tokenizer.special), shape.vocab_size or tokenizer.vocab_size
+    share = {"probability": objective.probability, "mean_span": objective.mean_span, "seed": recipe.seed}
+    if objective.kind == "spans":
+        return lambda packed: denoising.SpanRows(packed, tokenizer, start, vocab_size, **share)
+    return lambda packed: denoising.InfilledRows(packed, tokenizer, start, permute=objective.permute, **share)
 
 
 def tuning(recipe: Recipe, tokenizer: Tokenizer, seq_len: int, *, keep: Path | None = None) -> Feed:
@@ -263,6 +336,16 @@ def tuning(recipe: Recipe, tokenizer: Tokenizer, seq_len: int, *, keep: Path | N
     if config is None:
         raise ConfigError("the recipe has no tune section", fix="look at another stage")
     _check_seq_len(recipe, "tune", seq_len)
+    if isinstance(config.data, PairsData):
+        return _pairs(recipe, config, config.data, tokenizer, seq_len)
+    if isinstance(config.data, LabelledData):
+        typed = (getattr(model_shape(recipe), "n_token_types", None) or 0) > 1
+        rows, kept, names = labelled.prepare(
+            config.data, tokenizer, seq_len, held_out=config.held_out, seed=recipe.seed, typed=typed
+        )
+        told = [f"{rows.cut:,} of {rows.n_rows:,} texts are longer than {seq_len} tokens, and cut"] * bool(rows.cut)
+        loader = Loader(rows, rows_of_step(config, seq_len), seed=recipe.seed)
+        return Feed(loader, kept, rows.n_tokens, notices=told, classes=names)
     report, notices = ChatReport(), list[str]()
     told, kept_back = conversations(config, recipe.seed, keep=keep, report=report)
     samples = chat.tokenise(told, tokenizer, seq_len + 1, report)
@@ -286,6 +369,30 @@ def tuning(recipe: Recipe, tokenizer: Tokenizer, seq_len: int, *, keep: Path | N
     )
 
 
+def _pairs(recipe: Recipe, config: TuneConfig, data: PairsData, tokenizer: Tokenizer, seq_len: int) -> Feed:
+    """Sources and targets, one pair a row; the share that is held out is spread over them."""
+    shape = model_shape(recipe)
+    if not isinstance(shape, EncoderDecoder.Config):
+        raise ConfigError("pairs are for an encoder-decoder", fix="set model.kind to encoder_decoder")
+    eos, pad = tokenizer.special.eos, tokenizer.special.pad or 0
+    if eos is None:
+        raise ConfigError("the tokenizer has no token that ends a text", fix="use one that has")
+    all_of = pairs.read(data, recipe.seed)
+    out = [int((i + 1) * config.held_out) > int(i * config.held_out) for i in range(len(all_of))]
+    split = list(compress(all_of, (not held for held in out))), list(compress(all_of, out))
+    longest, start = data.max_source or shape.encoder.max_seq_len, shape.first_token(tokenizer.special)
+
+    def rows(some: list[pairs.Pair]) -> pairs.PairRows:
+        ids = [(encode_source(tokenizer, p.source), [*tokenizer.encode(p.target), eos]) for p in some]
+        return pairs.PairRows(ids, start, seq_len, longest, pad=pad)
+
+    source = rows(split[0])
+    valid = rows(split[1]) if split[1] else None
+    notices = [f"{source.dropped:,} pairs are longer than the model reads, and left out"] if source.dropped else []
+    loader = Loader(source, rows_of_step(config, source.seq_len), seed=recipe.seed)
+    return Feed(loader, valid, source.report().targets, notices=notices, pairs=split[0], held_pairs=split[1])
+
+
 def conversations(
     config: TuneConfig, seed: int, *, keep: Path | None = None, report: ChatReport | None = None
 ) -> tuple[list[Conversation], list[Conversation]]:
@@ -303,7 +410,7 @@ def conversations(
     return list(compress(rows, (not out for out in held))), list(compress(rows, held))
 
 
-def validation_batches(valid: StreamRows | WholeRows, source: Loader, config: TrainConfig) -> Iterator[Batch]:
+def validation_batches(valid: Packed, source: Loader, config: TrainConfig) -> Iterator[Batch]:
     """The rows that every validation looks at."""
     # No more rows at once than in training: that much memory is there.
     rows = min(VALID_ROWS, config.micro_batch_rows or source.rows)
@@ -339,12 +446,17 @@ def _check_seq_len(recipe: Recipe, stage: str, seq_len: int) -> None:
 
 def max_seq_len(recipe: Recipe) -> int:
     """The longest context of a recipe's model, whose weights are not read for it."""
+    return model_shape(recipe).max_seq_len
+
+
+def model_shape(recipe: Recipe) -> Any:
+    """The configuration of a recipe's model, or of the pretrained one it names, whose weights are not read for it."""
     if not isinstance(recipe.model, Pretrained.Config):
-        return recipe.model.max_seq_len
+        return recipe.model
     from octavo.hub.folder import model_config, read_config
     from octavo.run import find_model
 
-    return model_config(read_config(find_model(recipe.model.path))).max_seq_len
+    return model_config(read_config(find_model(recipe.model.path)))
 
 
 def rows_of_step(config: TrainConfig, seq_len: int) -> int | None:

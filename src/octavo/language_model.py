@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import Tensor
@@ -14,6 +15,7 @@ from octavo.errors import CheckpointError, ConfigError, ConfigErrors, did_you_me
 from octavo.files import write_json
 from octavo.hub import formats
 from octavo.hub.folder import assemble, load_model, model_config, read_config, save_model
+from octavo.infer.embed import classify, embed
 from octavo.infer.generate import Completion, encode_prompt, encode_source, generate, pieces
 from octavo.infer.sampling import SamplingConfig
 from octavo.models.encoder_decoder import EncoderDecoder
@@ -82,6 +84,17 @@ class LanguageModel:
         ids = torch.as_tensor(tokens, dtype=torch.long)
         states = self.model(Inputs(ids.view(-1, ids.shape[-1])), needs=("hidden_states",)).hidden_states
         return tuple(state[0] for state in states) if ids.ndim == 1 else states
+
+    def embed(self, texts: Sequence[str], **settings: Any) -> np.ndarray:
+        """One vector a text, (N, D) float32; ``settings`` are those of ``octavo.infer.embed.embed``."""
+        return embed(self.model, self.tokenizer, texts, **settings)
+
+    def classify(self, texts: Sequence[str], pairs: Sequence[str] | None = None, **settings: Any) -> np.ndarray:
+        """The scores of each text's classes, (N, C) float32, before softmax; ``pairs`` are the texts' second halves.
+
+        The names are ``model.config.classes.labels``. ``settings`` are those of ``octavo.infer.embed.classify``.
+        """
+        return classify(self.model, self.tokenizer, texts, pairs, **settings)
 
     def score(self, text: str) -> dict[str, float]:
         """How well the model predicts ``text``: bits_per_byte, perplexity_per_token, token_accuracy and counts."""

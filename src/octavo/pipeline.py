@@ -15,23 +15,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from octavo import feed
 from octavo.batch import Batch
-from octavo.config import ChatData, Pretrained, Recipe, TuneConfig
-from octavo.data import chat, prepare
+from octavo.config import DENOISING, ChatData, LabelledData, PairsData, Pretrained, Recipe, TuneConfig
+from octavo.data import chat, labelled, prepare
+from octavo.data.loader import sweep
 from octavo.data.pack import StreamRows
+from octavo.data.pairs import Pair
 from octavo.data.shards import Shards, write_shards
 from octavo.data.vocabulary import learn
 from octavo.errors import CheckpointError, ConfigError, DataError, StopRequested
 from octavo.eval.answers import Question, greedy
+from octavo.eval.classes import judge, judge_masked
+from octavo.eval.encoders import class_scores, hidden_right
 from octavo.eval.metrics import own_scorer
+from octavo.eval.overlap import overlap
 from octavo.eval.runner import evaluate, summary
-from octavo.files import make_folder, sha256_file
+from octavo.files import make_folder, sha256_file, write_json
+from octavo.infer.generate import generate
 from octavo.infer.sampling import SamplingConfig
 from octavo.language_model import LanguageModel, load
 from octavo.models.cost import cost
 from octavo.models.decoder import Decoder, build
-from octavo.objectives.likelihood import OBJECTIVES
+from octavo.models.heads import ClassesConfig, TransformConfig
+from octavo.models.override import carried_over, with_classes
+from octavo.objectives.tables import OBJECTIVES
 from octavo.predictors.folder import array_bytes
 from octavo.predictors.kinds import count, facts
 from octavo.predictors.predictor import NGramPredictor
@@ -50,6 +60,8 @@ from octavo.vectors import embedding
 
 A = TypeVar("A")
 T = TypeVar("T")
+SCORED_PAIRS, SCORED_ROWS = 500, 50
+ON_DISK = (ChatData, PairsData, LabelledData)  # what is read from files that a finished stage needs no longer
 
 
 @dataclass
@@ -119,16 +131,18 @@ class Pipeline:
         if r.data is not None:
             found.append(("data", self.data, self._data_fingerprint(r.data)))
         brought = self._brought(r.model.path) if isinstance(r.model, Pretrained.Config) else None
-        found.append(("tokenizer", self.tokenizer, [r.tokenizer.model_dump(mode="json"), brought]))
+        more = [*(["masked"] if self._masked else []), *(["fim"] if self._fim else [])]
+        more += [r.train.objective.kind] if r.train is not None and r.train.objective.kind in DENOISING else []
+        found.append(("tokenizer", self.tokenizer, [r.tokenizer.model_dump(mode="json"), brought, *more]))
         if isinstance(r.model, CountedConfig):
             found.append(("count", self.count, r.model.model_dump(mode="json")))
         if r.train is not None:
             deciding = [r.model.model_dump(mode="json"), _deciding(r.train), r.tune is not None, *self._vectors()]
             found.append(("pretrain", self.pretrain, deciding))
         if r.tune is not None:
-            told = self._told(r.tune.data) if isinstance(r.tune.data, ChatData) else None
+            told = self._told(r.tune.data) if isinstance(r.tune.data, ON_DISK) else None
             found.append(("tune", self.tune, [r.model.model_dump(mode="json"), _deciding(r.tune), told]))
-        if r.eval is not None and r.data is not None:
+        if r.eval is not None and (r.data is not None or self._labelled):
             found.append(("eval", self.evaluate, r.eval.model_dump(mode="json")))
         found.append(("report", self.report, None))
         return found
@@ -151,9 +165,13 @@ class Pipeline:
             )
         return now
 
-    def _told(self, config: ChatData) -> str:
-        """Of the conversations' files; a finished stage needs them no longer."""
+    def _told(self, config: ChatData | PairsData | LabelledData) -> str:
+        """Of the conversations' or pairs' files; a finished stage needs them no longer."""
         try:
+            if isinstance(config, PairsData):
+                return config.fingerprint()
+            if isinstance(config, LabelledData):
+                return labelled.fingerprint(config)
             return chat.fingerprint(config)
         except DataError as error:
             before = self.folder.stages().get("tune", {}).get("told")
@@ -213,6 +231,16 @@ class Pipeline:
             tokenizer.save(target)
         else:
             tokenizer = learn(recipe.tokenizer, data, target, lambda: self.stop.check("while training the tokenizer"))
+            kind = recipe.train.objective.kind if recipe.train is not None else ""
+            if (self._masked or kind == "infilling") and tokenizer.special.mask is None:
+                tokenizer = tokenizer.with_mask()
+                tokenizer.save(target)
+            if kind == "spans":
+                tokenizer = tokenizer.with_sentinels()
+                tokenizer.save(target)
+            if self._fim and tokenizer.fim is None:
+                tokenizer = tokenizer.with_fim()
+                tokenizer.save(target)
         pretrained = isinstance(recipe.model, Pretrained.Config)
         kind = "the model's own" if pretrained else recipe.tokenizer.kind
         self.console.note(f"{kind}, {tokenizer.vocab_size:,} entries")
@@ -274,17 +302,41 @@ class Pipeline:
         """Instruction tuning: conversations through the one renderer, loss on the assistant's words."""
         ready = self.ready("tune")
         rows, steps = ready.rows, ready.trainer.config.steps
+        n, noun = (len(rows.pairs), "pairs") if rows.pairs else (len(rows.conversations), "conversations")
+        n, noun = (rows.source.n_rows, "labelled texts") if rows.classes else (n, noun)
         self.console.note(
-            f"{len(rows.conversations):,} conversations, {rows.tokens:,} trained tokens; {steps:,} steps, "
+            f"{n:,} {noun}, {rows.tokens:,} trained tokens; {steps:,} steps, "
             f"{steps / rows.source.steps_per_epoch:.2f} passes"
         )
         for line in rows.notices:
             self.console.warn(line)
         figures = ready.trainer.fit()
         ready.lm.save(self.folder.model_path)
+        if rows.held_pairs:
+            figures |= self._written(ready.lm, rows.held_pairs)
         data = self.recipe.tune.data if self.recipe.tune else None
-        told = {"told": self._told(data)} if isinstance(data, ChatData) else {}
+        told = {"told": self._told(data)} if isinstance(data, ON_DISK) else {}
         return {**told, "conversations": len(rows.conversations), "trained_tokens": rows.tokens, **_finite(figures)}
+
+    def _written(self, lm: LanguageModel, held: Sequence[Pair]) -> dict[str, float]:
+        """What the model writes for sources it has not seen, greedily, against the targets: exact match and chrF."""
+        held = held[:SCORED_PAIRS]
+        longest = max(len(lm.tokenizer.encode(pair.target)) for pair in held) + 8
+        how, texts = SamplingConfig(temperature=0, max_new_tokens=longest), list[str]()
+        for start in range(0, len(held), SCORED_ROWS):
+            self.stop.check("while scoring pairs")
+            part = [lm.prompt_ids(pair.source) for pair in held[start : start + SCORED_ROWS]]
+            texts += [completion.text for completion in generate(lm.model, lm.tokenizer, part, how)]
+        found = overlap(texts, [pair.target for pair in held])
+        low, high = found["interval_95"]
+        self.console.note(
+            f"of {len(held):,} held-out pairs {found['exact_match']:.1%} exact ({low:.1%} to {high:.1%}), "
+            f"chrF {100 * found['chrf']:.1f}"
+        )
+        scores = {"pairs": found, "examples": [{"source": p.source, "target": p.target, "given": text}
+                                              for p, text in zip(held[:20], texts, strict=False)]}  # fmt: skip
+        write_json(self.folder.path / "tune" / "pairs.json", scores)
+        return {name: found[name] for name in ("exact_match", "chrf")}
 
     def ready(self, stage: str, folder: Path | None = None) -> Ready:
         """All that the pretraining or the tuning needs, from the files of the run.
@@ -309,10 +361,15 @@ class Pipeline:
             keep = self.folder.path / "tune" / "data" if folder is None else None
             rows = feed.tuning(recipe, tokenizer, seq_len, keep=keep)
         section = "train" if stage == "pretrain" else "tune"
+        if rows.classes:
+            shape = self._classified(shape, rows.classes)
         if tight := require(shape, config, config.precision, rows.source.rows, section):
             self.console.warn(tight)
         model = start()
-        if stage == "tune" and recipe.train:  # base/ has the weights; what only matters in training is the recipe's
+        if rows.classes:
+            base = load(self.folder.base_path).model if recipe.train else model
+            model = carried_over(base, shape, seed=recipe.seed)
+        elif stage == "tune" and recipe.train:  # base/ has the weights; what only matters in training is the recipe's
             base = load(self.folder.base_path)
             if base.tokenizer.hash != tokenizer.hash:  # ids mean nothing under another one, also if it has as many
                 raise ConfigError(
@@ -357,10 +414,59 @@ class Pipeline:
 
         return sample
 
+    @property
+    def _fim(self) -> bool:
+        return self.recipe.train is not None and getattr(self.recipe.train.objective, "fim", None) is not None
+
+    @property
+    def _masked(self) -> bool:
+        return self.recipe.train is not None and self.recipe.train.objective.kind == "masked"
+
+    @property
+    def _labelled(self) -> bool:
+        return self.recipe.tune is not None and isinstance(self.recipe.tune.data, LabelledData)
+
+    def _classified(self, shape: Decoder.Config, names: tuple[str, ...]) -> Decoder.Config:
+        """A model's configuration with a head for these classes; the one it has, if that is of the same."""
+        data = self.recipe.tune.data if self.recipe.tune else None
+        assert isinstance(data, LabelledData)
+        own = shape.classes
+        same = own is not None and (own.labels or names) == names and own.n == len(names)
+        if own is not None and same and own.over == "sequence" and data.pooling in (None, own.pooling):
+            return with_classes(shape, own.model_copy(update={"labels": names, "n_classes": None}))
+        pooling = data.pooling or ("last" if shape.causal else "first")
+        pooler = None if shape.causal else TransformConfig(activation="tanh", norm=False)
+        head = ClassesConfig(labels=names, pooling=pooling, transform=pooler, bias=not shape.causal,
+                             dropout=0.0 if shape.causal else 0.1, problem=data.problem)  # fmt: skip
+        return with_classes(shape, head)
+
+    def _judged(self, stage: str) -> dict[str, Any]:
+        """Figures of held-out rows by the model of a stage: classes said, or hidden tokens foretold."""
+        folder = self.folder.model_path if stage == "tune" or not self.recipe.tune else self.folder.base_path
+        final, found = load(folder), feed.of_stage(self.recipe, self.folder.path, stage)
+        if found.valid is None:
+            return {}
+        batches = (Batch.from_numpy(part) for part in self._stoppable(sweep(found.valid, SCORED_ROWS), "in stage eval"))
+        if stage == "pretrain":
+            return {"masked": judge_masked(hidden_right(final.model, batch) for batch in batches)}
+        parts = [(batch.extra["labels"], class_scores(final.model, batch)) for batch in batches]
+        given, scores = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+        problem = final.model.config.classes.problem
+        return {"classes": judge(given, scores, found.classes, problem)}
+
     def evaluate(self) -> dict[str, Any]:
-        """Bits per byte next to the n-gram baseline, and answers to held-out questions."""
+        """Bits per byte next to the n-gram baseline, and answers to held-out questions; hidden tokens; classes."""
         recipe, config = self.recipe, self.recipe.eval
         if config is None:
+            return {}
+        judged = self._judged("pretrain") if self._masked else {}
+        judged |= self._judged("tune") if self._labelled else {}
+        if self._masked or (self._labelled and recipe.data is None):
+            about = {"parameters": cost(load(self.folder.path).model).parameters, "run": recipe.name}
+            result = {"about": about, **judged, "config": config.model_dump(mode="json")}
+            write_json(self.folder.path / "scores.json", result)
+            for name, line in summary(result).items():
+                self.console.note(f"{name}: {line}")
             return {}
         final = load(self.folder.path)
         base = load(self.folder.base_path) if recipe.tune and recipe.train else final
@@ -386,6 +492,9 @@ class Pipeline:
                 out=self.folder.path / "scores.json",
                 on_progress=self.console.note,
             )
+            if judged:
+                result |= judged
+                write_json(self.folder.path / "scores.json", result)
             for name, line in summary(result).items():
                 self.console.note(f"{name}: {line}")
         return {}

@@ -55,7 +55,7 @@ def test_the_recipes_shown_are_the_one_shipped_and_one_that_builds(page):
 def test_the_kinds_listed_are_the_kinds_there_are():
     from octavo.models.decoder import MODELS
     from octavo.nn import tables
-    from octavo.objectives.likelihood import OBJECTIVES
+    from octavo.objectives.tables import OBJECTIVES
     from octavo.tokenizer.config import CONFIGS
     from octavo.predictors.kinds import PREDICTORS
     from octavo.training.optimizers import OPTIMIZERS
@@ -71,7 +71,7 @@ def test_the_kinds_listed_are_the_kinds_there_are():
         "train.optimizer": set(OPTIMIZERS),
         "train.schedule": set(SCHEDULES),
         "train.objective": set(OBJECTIVES),
-        "tune.data": {"python-stdlib", "chat"},
+        "tune.data": {"python-stdlib", "chat", "pairs", "labelled"},
     }
     page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([\w.]+)` \| (`.*) \|$", page.partition("## A recipe of your own")[2], re.M)
@@ -79,7 +79,7 @@ def test_the_kinds_listed_are_the_kinds_there_are():
     assert listed == there
 
 
-@pytest.mark.parametrize("name", ["quickstart", "pretrain", "sft", "shakespeare", "quickstart-zh", "ngram"])
+@pytest.mark.parametrize("name", ["quickstart", "pretrain", "sft", "shakespeare", "quickstart-zh", "ngram", "code"])
 def test_every_recipe_has_a_section(name):
     assert Recipe.load(name).name == name
     assert f"\n## {name}\n" in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ The order of rows is a keyed permutation of (seed, source, epoch, index), the ch
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -152,9 +152,9 @@ class Loader:
                 here = np.flatnonzero((source == i) & (epoch == e))
                 for name, values in dataset.rows(int(e), row[here]).items():
                     if name not in batch:
-                        batch[name] = np.empty((share, self.seq_len), values.dtype)
+                        batch[name] = np.empty((share, *values.shape[1:]), values.dtype)
                     batch[name][here] = values
-        return {name: batch[name] for name in FIELDS}
+        return {name: batch[name] for name in (*FIELDS, *(name for name in batch if name not in FIELDS))}
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """The rows of a step (0-based) that belong to a rank: a pure function of its arguments.
@@ -201,20 +201,27 @@ def sweep(dataset: Packed, rows: int, *, epoch: int = 0) -> Iterator[Batch]:
 
 
 def pretraining_loader(
-    shards: Shards, seq_len: int, rows: int | None, *, seed: int = 0, weights: Sequence[float] | None = None
+    shards: Shards,
+    seq_len: int,
+    rows: int | None,
+    *,
+    seed: int = 0,
+    weights: Sequence[float] | None = None,
+    changed: Callable[[Packed], Packed] = lambda packed: packed,
 ) -> Loader:
     """The loader of a run: the documents of all sources together, or a mixture where sources have weights.
 
     Args:
         weights: one for each source of the shards: how often its documents are seen relative to the others.
             If all are equal the documents of all sources share rows.
+        changed: makes of a packing of documents what is trained on (masked rows).
     """
     ranges = [documents for _, documents in shards.source_ranges()]
     if weights is None or len(set(weights)) <= 1:
-        return Loader(StreamRows(shards, seq_len, seed=seed), rows, seed=seed)
+        return Loader(changed(StreamRows(shards, seq_len, seed=seed)), rows, seed=seed)
     if len(weights) != len(ranges):
         raise ConfigError(f"{len(weights)} weights for {len(ranges)} sources of {shards.folder}", fix="prepare again")
     kept = [(r, w) for r, w in zip(ranges, weights, strict=True) if len(r)]
-    datasets = [StreamRows(shards, seq_len, documents=r, seed=seed) for r, _ in kept]
+    datasets = [changed(StreamRows(shards, seq_len, documents=r, seed=seed)) for r, _ in kept]
     shares = [w * d.n_rows for d, (_, w) in zip(datasets, kept, strict=True)]
     return Loader(datasets, rows, seed=seed, weights=shares)

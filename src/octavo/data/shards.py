@@ -88,7 +88,7 @@ def write_shards(
         "dtype": _dtype(loaded.vocab_size),
         "vocab_hash": loaded.hash,
         "vocab_size": loaded.vocab_size,
-        "special": {"pad": special.pad, "bos": special.bos, "eos": special.eos},
+        "special": {"pad": special.pad, "bos": special.first, "eos": special.last},
         "n_documents": sum(p["n_documents"] for p in described),
         "n_tokens": sum(p["n_tokens"] for p in described),
         "n_bytes": sum(p["n_bytes"] for p in described),
@@ -148,8 +148,8 @@ def encode_part(
         return part
     loaded = _tokenizer(tokenizer)
     dtype = np.dtype(_dtype(loaded.vocab_size))
-    head = [np.array([i], np.int32) for i in (loaded.special.bos,) if i is not None]
-    tail = [np.array([i], np.int32) for i in (loaded.special.eos,) if i is not None]
+    head = [np.array([i], np.int32) for i in (loaded.special.first,) if i is not None]
+    tail = [np.array([i], np.int32) for i in (loaded.special.last,) if i is not None]
     pieces: list[Array] = [np.zeros(0, np.int32)]
     sizes: list[tuple[int, int]] = []
     for texts in _text_batches(prepare.part_documents(documents, held, split)):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -116,7 +116,11 @@ def rows_of(
     rows = []
     for number, (packed, epoch, index) in enumerate(places):
         arrays = {name: values[number] for name, values in batch.items()}
-        parts = [_part(arrays, piece, tokenizer, tell) for piece in packed.pieces(epoch, index) if piece.slots]
+        pieces = [piece for piece in packed.pieces(epoch, index) if piece.slots]
+        if packed.in_place:
+            parts = [_masked(arrays, piece, tokenizer, tell) for piece in pieces]
+        else:
+            parts = [_part(arrays, piece, tokenizer, tell) for piece in pieces]
         slots = len(arrays["tokens"])
         rows.append(Row(number, epoch, index, parts, slots, slots - int(arrays["valid"].sum())))
     return rows
@@ -139,6 +143,19 @@ def _part(row: Batch, piece: Piece, tokenizer: Tokenizer, tell: Tell) -> Part:
     rest = list(told.ids[piece.offset + piece.tokens :])
     tokens += [_token(tokenizer, int(id), "unseen") for id in rest[:UNSEEN_SHOWN]]
     return Part(piece, tokens, len(rest), told.origin)
+
+
+def _masked(row: Batch, piece: Piece, tokenizer: Tokenizer, tell: Tell) -> Part:
+    """Targets in their own slots: what is asked for stands behind what the model sees, ``<|mask|>|word``."""
+    tokens = []
+    for slot in range(piece.start, piece.start + piece.slots):
+        seen, aim, learnt = (int(row[name][slot]) for name in ("tokens", "targets", "loss_mask"))
+        token = _token(tokenizer, seen, "trained" if learnt else "read", slot, int(row["positions"][slot]))
+        if learnt:
+            here, asked = (shown_bytes(tokenizer.token_bytes(id), "␣") for id in (seen, aim))
+            token = replace(token, special=f"{token.special or here}|{asked}")
+        tokens.append(token)
+    return Part(piece, tokens, 0, tell(piece.number).origin)
 
 
 def _token(tokenizer: Tokenizer, id: int, state: State, slot: int = -1, position: int = -1) -> Token:

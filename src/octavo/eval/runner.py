@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import numpy as np
 from pydantic import Field
 
-from octavo.eval import answers, metrics
+from octavo.eval import answers, classes, metrics
 from octavo.files import write_json
 from octavo.ngrams.counting import NGramCounts
 from octavo.schema import Config
@@ -195,6 +195,8 @@ def take(
 
 def summary(result: dict[str, Any]) -> dict[str, str]:
     """The lines a person reads first, by name."""
+    if "model" not in result:
+        return classes.lines(result)
     model, baseline, asked = result["model"], result["baseline"], result["answers"]
     lines = {
         "bits per byte": f"{model['bits_per_byte']:.4f}   ({model['bytes']:,} bytes of held-out text)",
@@ -211,7 +213,7 @@ def summary(result: dict[str, Any]) -> dict[str, str]:
             f"majority answer {asked['majority_exact_match']:.1%})"
         )
         lines["stops by itself"] = f"{asked['stopped_by_itself']:.1%}"
-    return lines
+    return lines | classes.lines(result)
 
 
 def _up_to(documents: Documents, max_tokens: int) -> Iterator[np.ndarray]:

@@ -3,9 +3,34 @@
 from __future__ import annotations
 
 from octavo.errors import UnsupportedError
-from octavo.models.decoder import Decoder
+from octavo.models.decoder import Decoder, build
+from octavo.models.heads import ClassesConfig
 from octavo.nn.rope import RotaryPositions
 from octavo.schema import Config
+
+
+def carried_over(model: Decoder, config: Decoder.Config, *, seed: int = 0) -> Decoder:
+    """A model of ``config`` with the weights of ``model``; only its head of classes begins anew where that is other.
+
+    Raises:
+        UnsupportedError: ``config`` has weights beyond the head of classes that ``model`` has not.
+    """
+    made, given = build(config, seed=seed).to(model.embed.weight.dtype), model.state_dict()
+    own = made.state_dict()
+    if model.config.classes != config.classes:
+        given = {name: tensor for name, tensor in given.items() if not name.startswith("classes.")}
+    if missing := [name for name in own if name not in given and not name.startswith("classes.")]:
+        raise UnsupportedError(f"the model has no weights {', '.join(missing[:3])}", fix="use the same architecture")
+    made.load_state_dict({name: given.get(name, tensor) for name, tensor in own.items()})
+    return made
+
+
+def with_classes(config: Decoder.Config, classes: ClassesConfig) -> Decoder.Config:
+    """``config`` with a head of classes; an encoder's language-model head is left out, as its families do."""
+    bare = (
+        {} if config.causal else {"head_transform": None, "head_bias": config.head_bias and not config.tie_embeddings}
+    )
+    return type(config).model_validate(config.model_copy(update={**bare, "classes": classes}).model_dump())
 
 
 def set_rope_scaling(model: Decoder, scaling: Config | None) -> None:

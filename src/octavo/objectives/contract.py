@@ -8,6 +8,7 @@ the gradient of k micro-batches (or ranks) is exactly that of one large batch:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from torch import Tensor
 
@@ -28,6 +29,10 @@ class Objective(ABC):
     @abstractmethod
     def loss_sum(self, outputs: Outputs, batch: Batch) -> Tensor:
         """The sum of losses over the batch, a scalar in nats."""
+
+    def extra(self, model: Any, rows: int, seq_len: int) -> dict[str, Tensor]:
+        """A stand-in for what it reads of ``batch.extra``, given a model's configuration: for measuring."""
+        return {}
 
     def beside(self, outputs: Outputs, batch: Batch) -> Aux:
         """What else is trained on, sums by names that begin with ``loss.``; held-out losses leave it out."""

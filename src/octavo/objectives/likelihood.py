@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,13 @@ from octavo.objectives.head_loss import head_loss
 from octavo.schema import Config
 
 
+class FimConfig(Config):
+    """A share ``rate`` of the documents is told with the middle last, of these a share ``spm`` suffix first."""
+
+    rate: float = Field(default=0.5, gt=0, le=1)
+    spm: float = Field(default=0.0, ge=0, le=1)
+
+
 class CausalLikelihood(Objective):
     """``-sum log p(target | tokens so far)`` over targets whose mask is not zero.
 
@@ -23,6 +30,7 @@ class CausalLikelihood(Objective):
     which keeps the normaliser near one (Chowdhery et al. 2022, section 5). With ``chunk_tokens`` head and loss
     are one, and only that many tokens' logits exist at a time (see ``head_loss``). multi_token_weight w trains the
     model's multi-token modules with w times the mean of their losses (DeepSeek-AI 2024, DeepSeek-V3, equation 25).
+    ``fim`` changes the rows, not the loss: some documents have their middle last (data/fim.py), held-out ones never.
     """
 
     class Config(Config):
@@ -30,6 +38,7 @@ class CausalLikelihood(Objective):
         z_loss: float = Field(default=0.0, ge=0)
         chunk_tokens: int | None = Field(default=None, ge=1, description="null: all logits at once")
         multi_token_weight: float = Field(default=0.0, ge=0, description="of the modules' mean loss; V3: 0.3, then 0.1")
+        fim: FimConfig | None = Field(default=None, description="fill in the middle; in the train section alone")
 
     def __init__(self, config: CausalLikelihood.Config | None = None):
         self.config = config or CausalLikelihood.Config()
@@ -37,6 +46,12 @@ class CausalLikelihood(Objective):
             self.needs = ("hidden", "head")
         if self.config.multi_token_weight:
             self.training_needs = ("multi_token", "head")
+
+    def extra(self, model: Any, rows: int, seq_len: int) -> dict[str, Tensor]:
+        if model.kind != "encoder_decoder":
+            return {}
+        ids = torch.zeros(rows, seq_len, dtype=torch.long)  # how long sources are, nothing here says
+        return {"source": ids, "source_valid": torch.ones_like(ids, dtype=torch.bool)}
 
     def weight(self, batch: Batch) -> Tensor:
         return batch.loss_mask.sum()
@@ -75,6 +90,3 @@ class CausalLikelihood(Objective):
             part = hidden[:, :-by].flatten(0, 1)
             losses.append(head_loss(part, outputs.head, targets.flatten(), weights.flatten(), chunk=chunk))
         return {"loss.multi_token": self.config.multi_token_weight * torch.stack(losses).mean()}
-
-
-OBJECTIVES: dict[str, type[CausalLikelihood]] = {"causal": CausalLikelihood}

@@ -14,7 +14,6 @@ import json
 import re
 import secrets
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ import numpy as np
 
 from octavo.errors import CheckpointError, DataError
 from octavo.tokenizer.pieces import ByteTable, StreamDecoder
+from octavo.tokenizer.special import FIM, MASK, SENTINEL, Special, as_dict
 
 if TYPE_CHECKING:
     from octavo.tokenizer import fast
@@ -33,25 +33,13 @@ WORTH_FASTER = 1 << 17  # characters: fewer are encoded before a faster encoder 
 MAX_HOLES = 1 << 16  # ids without a token that a vocabulary may have beside one for each token
 
 
-@dataclass(frozen=True)
-class Special:
-    """Ids of the special tokens by role; None where the tokenizer has none."""
-
-    pad: int | None = None
-    bos: int | None = None
-    eos: int | None = None
-    unk: int | None = None
-    turn_start: int | None = None
-    turn_end: int | None = None
-
-
 class Tokenizer:
     """Text to ids and back; made by :func:`octavo.tokenizer.train` or :meth:`load`.
 
     Args:
         text: the tokenizer.json, as text.
-        special: token string of each role (``pad`` ``bos`` ``eos`` ``unk`` ``turn_start`` ``turn_end``), where there
-            is one. Turn marks that are not given are read off the chat template.
+        special: token string of each role (``pad`` ``bos`` ``eos`` ``unk`` ``cls`` ``sep`` ``mask`` ``turn_start``
+            ``turn_end``), where there is one. Turn marks that are not given are read off the chat template.
         chat_template: Jinja source, or None.
         max_seq_len: what the files say the model accepts, in tokens; only kept for saving.
         stop_ids: ids that end an answer beside end of text and end of turn.
@@ -100,7 +88,7 @@ class Tokenizer:
             from octavo.tokenizer.chat import find_turn_marks
 
             start, end = find_turn_marks(self)
-            self.special = Special(**{**_as_dict(self.special), "turn_start": start, "turn_end": end})
+            self.special = Special(**{**as_dict(self.special), "turn_start": start, "turn_end": end})
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -249,12 +237,18 @@ class Tokenizer:
             self, messages, add_generation_prompt=add_generation_prompt, tools=tools, variables=variables or {}
         )
 
+    @property
+    def post_processor(self) -> Mapping[str, Any]:
+        """What tokenizer.json says of the tokens around a text, for other programs; empty if nothing."""
+        said = self._spec.get("post_processor")
+        return said if isinstance(said, Mapping) else {}
+
     # -- identity and storage
 
     @property
     def special_text(self) -> dict[str, str]:
         """Token string by role (``pad``, ``bos`` ...), for the roles that exist."""
-        roles = _as_dict(self.special)
+        roles = as_dict(self.special)
         return {name: self.tokens[i] or "" for name, i in roles.items() if i is not None}
 
     @cached_property
@@ -263,8 +257,40 @@ class Tokenizer:
         model = self._spec["model"]
         merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model.get("merges") or []]
         scores = [score for _, score in model["vocab"]] if isinstance(model["vocab"], list) else []
-        content = [list(self.tokens), merges, scores, sorted(self.special_ids), _as_dict(self.special)]
+        later = ("cls", "sep", "mask")  # no part of the hash where there are none: older than these
+        roles = {name: i for name, i in as_dict(self.special).items() if i is not None or name not in later}
+        content = [list(self.tokens), merges, scores, sorted(self.special_ids), roles]
         return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode("utf-8")).hexdigest()
+
+    def with_mask(self) -> Tokenizer:
+        """This tokenizer, with a token more for what is masked where it has none."""
+        if self.special.mask is not None:
+            return self
+        return self._with((MASK,), {"mask": MASK})
+
+    @cached_property
+    def fim(self) -> tuple[int, int, int] | None:
+        """The tokens before prefix, suffix and middle of a text whose middle is told last; None if it has none."""
+        added = {token["content"]: token["id"] for token in self._spec["added_tokens"]}
+        found = next((names for names in FIM if all(name in added for name in names)), None)
+        return None if found is None else (added[found[0]], added[found[1]], added[found[2]])
+
+    def with_fim(self) -> Tokenizer:
+        """This tokenizer, with the three tokens of ``fim`` where it has none."""
+        return self if self.fim is not None else self._with(FIM[0], {})
+
+    def with_sentinels(self, n: int = 100) -> Tokenizer:
+        """This tokenizer, with T5's <extra_id_0> and on where it has none: each stands for a span of a text."""
+        if SENTINEL.format(0) in self.tokens:
+            return self
+        return self._with([SENTINEL.format(i) for i in range(n)], {})
+
+    def _with(self, names: Sequence[str], roles: Mapping[str, str]) -> Tokenizer:
+        """This tokenizer with more special tokens behind all others."""
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        new = [{"id": self.vocab_size + i, "content": name, **flags} for i, name in enumerate(names)]
+        text = json.dumps({**self._spec, "added_tokens": [*self._spec["added_tokens"], *new]})
+        return _rebuild(text, {**self.special_text, **roles}, self.chat_template, self.max_seq_len, self._more_stops)
 
     def to_json(self) -> str:
         """The tokenizer.json."""
@@ -298,10 +324,6 @@ def _rebuild(
     text: str, special: dict[str, str], template: str | None, max_seq_len: int | None, stop_ids: tuple[int, ...]
 ) -> Tokenizer:
     return Tokenizer(text, special=special, chat_template=template, max_seq_len=max_seq_len, stop_ids=stop_ids)
-
-
-def _as_dict(special: Special) -> dict[str, int | None]:
-    return {field.name: getattr(special, field.name) for field in fields(special)}
 
 
 def _check_text(text: Any) -> None:

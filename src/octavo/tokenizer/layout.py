@@ -11,7 +11,7 @@ from octavo.errors import CheckpointError
 from octavo.files import write_atomic
 from octavo.tokenizer.core import Tokenizer
 
-ROLE_KEYS = {"pad": "pad_token", "bos": "bos_token", "eos": "eos_token", "unk": "unk_token"}
+ROLE_KEYS = {role: f"{role}_token" for role in ("pad", "bos", "eos", "unk", "cls", "sep", "mask")}
 MAX_FILE_BYTES = 256 << 20
 # transformers writes this number for "no limit known".
 NO_LIMIT = 10**12
@@ -141,6 +141,9 @@ def _usual_roles(spec: Mapping[str, Any]) -> dict[str, str]:
         "bos": ("<|bos|>", "<s>", "<|begin_of_text|>", "<bos>", "<|endoftext|>"),
         "eos": ("<|eos|>", "</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>"),
         "unk": ("<|unk|>", "<unk>", "[UNK]"),
+        "cls": ("[CLS]",),
+        "sep": ("[SEP]",),
+        "mask": ("<|mask|>", "[MASK]", "<mask>"),
     }
     found = {role: next((name for name in names if name in special), None) for role, names in usual.items()}
     return {role: name for role, name in found.items() if name}

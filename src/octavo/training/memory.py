@@ -21,9 +21,10 @@ from torch.utils._pytree import tree_leaves
 
 from octavo.batch import Batch
 from octavo.errors import ResourceError
-from octavo.models.decoder import Decoder
+from octavo.models.decoder import Decoder, build
+from octavo.models.encoder_decoder import EncoderDecoder
 from octavo.nn.kernels import attention
-from octavo.objectives.likelihood import OBJECTIVES
+from octavo.objectives.tables import OBJECTIVES
 from octavo.training.loop import recompute_blocks
 from octavo.training.machine import DTYPES
 from octavo.training.optimizers import OPTIMIZERS
@@ -71,7 +72,7 @@ def training_bytes(model: Decoder.Config, config: TrainConfig, precision: str, r
     at_once = min(config.micro_batch_rows or of_step, of_step)
     dtype = DTYPES[precision]
     with torch.device("meta"):
-        net = Decoder(model)
+        net = build(model, device="meta")
         make = OPTIMIZERS[config.optimizer.kind]
         optimizer = make(config.optimizer, net, dtype, config.average)
     masters = [group.master for group in optimizer.groups]
@@ -97,6 +98,8 @@ def _activations(
 
     A deep model is counted with a few layers and with one more of each kind: the rest is that difference.
     """
+    if isinstance(model, EncoderDecoder.Config):
+        return _count(model, config, dtype, rows, seq_len)
     n = len(model.pattern or model.blocks)
     few, more = n * (LAYERS_COUNTED - 1), n * LAYERS_COUNTED
     if model.n_layers <= more:
@@ -110,13 +113,13 @@ def _activations(
 def _count(model: Decoder.Config, config: TrainConfig, dtype: torch.dtype, rows: int, seq_len: int) -> tuple[int, int]:
     objective = OBJECTIVES[config.objective.kind](config.objective)
     with torch.device("meta"):
-        net = Decoder(model).to(dtype).train()
+        net = build(model, device="meta").to(dtype).train()
         for parameter in net.parameters():
             parameter.grad = torch.zeros_like(parameter)
         if config.activation_checkpointing:
             recompute_blocks(net)
         ids, ones = torch.zeros(rows, seq_len, dtype=torch.long), torch.ones(rows, seq_len)
-        batch = Batch(ids, ids, ones, ids, ids, ones.bool())
+        batch = Batch(ids, ids, ones, ids, ids, ones.bool(), objective.extra(net.config, rows, seq_len))
         live = _Live([*net.parameters(), *(p.grad for p in net.parameters() if p.grad is not None)])
         for block in net.blocks:
             block.register_forward_pre_hook(lambda *_: live.enter(+1))
@@ -127,7 +130,7 @@ def _count(model: Decoder.Config, config: TrainConfig, dtype: torch.dtype, rows:
     # One block as large as the largest lies free in pieces: the next of that size does not fit into them.
     holes = live.largest
     if config.activation_checkpointing:
-        holes += int(model.n_layers * live.widest * HOLES_OF_RECOMPUTING)
+        holes += int(len(net.stack()) * live.widest * HOLES_OF_RECOMPUTING)
     return live.peak, holes
 
 
@@ -245,7 +248,7 @@ def _surely_small(model: Decoder.Config, config: TrainConfig, rows: int, room: i
     seq_len = config.seq_len or min(model.max_seq_len, config.step_tokens)
     D, V, n = model.d_model, model.vocab_size or 1 << 18, model.n_layers
     with torch.device("meta"):
-        net = Decoder(model.model_copy(update={"vocab_size": V}))
+        net = build(model.model_copy(update={"vocab_size": V}), device="meta")
     parameters = sum(p.numel() for p in net.parameters())
     widths = sum(mixer.flops(1, 1) for mixer in net.mixers().values()) // (2 * D)  # of a token's products, all layers
     per_token = n * (200 * D + 8 * seq_len * D // 16) + 16 * widths + 16 * V

@@ -94,9 +94,9 @@ def _layers(model: Decoder.Config, rows: int, seq_len: int, peak: float, budget:
 def _step(
     model: Decoder.Config, train: TrainConfig, rows: int, seq_len: int, budget: float
 ) -> tuple[float, float, int]:
-    from octavo.objectives.likelihood import OBJECTIVES
+    from octavo.objectives.tables import OBJECTIVES
 
-    net = build(model)
+    net, objective = build(model), OBJECTIVES[train.objective.kind](train.objective)
     flops = rows * cost(net, seq_len).train_flops
     tokens = torch.randint(net.vocab_size, (rows, seq_len + 1))
     shape = (rows, seq_len)
@@ -104,10 +104,11 @@ def _step(
     batch = Batch(
         tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(shape),
         torch.zeros(shape, dtype=torch.long), places, torch.ones(shape, dtype=torch.bool),
+        objective.extra(net.config, *shape),
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         held = Held(Path(folder), "rehearsal", Console("quiet"), StopSignal())
-        trainer = Trainer(net, _Nothing(), OBJECTIVES[train.objective.kind](train.objective), train, held, 0)
+        trainer = Trainer(net, _Nothing(), objective, train, held, 0)
         net.train()
         gradient = _median(lambda: trainer.gradient(batch), budget)
         update = _median(lambda: trainer.optimizer.step(1e-9), budget / 4)

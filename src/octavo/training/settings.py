@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from octavo.objectives.likelihood import OBJECTIVES, CausalLikelihood
+from octavo.objectives.likelihood import CausalLikelihood
+from octavo.objectives.tables import OBJECTIVES
 from octavo.schema import Config, one_of
 from octavo.training.optim import AdamW, WeightAverage
 from octavo.training.optimizers import OPTIMIZERS

@@ -1,0 +1,111 @@
+"""Texts as vectors, and the classes a model gives them, batch by batch of texts of similar length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from octavo.errors import UnsupportedError
+from octavo.models.heads import Pooling, pool
+from octavo.nn.contracts import Inputs
+from octavo.tokenizer.frame import frame
+
+if TYPE_CHECKING:
+    from octavo.tokenizer import Tokenizer
+
+BATCH_TOKENS = 8192
+
+
+@torch.no_grad()
+def embed(
+    model: Any,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    *,
+    pooling: Pooling = "mean",
+    normalise: bool = False,
+    max_tokens: int | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> np.ndarray:
+    """One vector a text, (N, D) float32, in the order of ``texts``.
+
+    Args:
+        pooling: the mean over a text's tokens, or the first or last of them; special tokens stand around and count.
+        normalise: to length 1, so that a product of two is their cosine.
+        max_tokens: longer texts lose their end; default: what the model reads.
+        progress: told how many texts are done.
+    """
+    limit = max_tokens or model.max_seq_len
+    framed = [frame(tokenizer, ids.tolist(), max_tokens=limit) for ids in tokenizer.encode_batch(list(texts))]
+
+    def vectors(inputs: Inputs) -> torch.Tensor:
+        assert inputs.valid is not None
+        found = pool(model(replace(inputs, token_types=None), needs=("hidden",)).hidden.float(), inputs.valid, pooling)
+        return torch.nn.functional.normalize(found, dim=-1) if normalise else found
+
+    return _by_length(framed, vectors, model.config.d_model, tokenizer.special.pad or 0, progress)
+
+
+@torch.no_grad()
+def classify(
+    model: Any,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    pairs: Sequence[str] | None = None,
+    *,
+    max_tokens: int | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> np.ndarray:
+    """The scores (N, C) float32 of a head of classes over whole texts, or over pairs of them.
+
+    Raises:
+        UnsupportedError: the model has no such head.
+    """
+    classes = model.config.classes
+    if classes is None or classes.over != "sequence":
+        raise UnsupportedError("the model says no classes of texts", fix="tune one: octavo run classifier")
+    limit = max_tokens or model.max_seq_len
+    firsts = tokenizer.encode_batch(list(texts))
+    seconds = tokenizer.encode_batch(list(pairs)) if pairs is not None else [None] * len(firsts)
+    framed = [
+        frame(tokenizer, a.tolist(), None if b is None else b.tolist(), max_tokens=limit)
+        for a, b in zip(firsts, seconds, strict=True)
+    ]
+    typed = (model.config.n_token_types or 0) > 1
+
+    def scores(inputs: Inputs) -> torch.Tensor:
+        inputs = inputs if typed else replace(inputs, token_types=None)
+        return model(inputs, needs=("classes",)).classes.float()
+
+    return _by_length(framed, scores, classes.n, tokenizer.special.pad or 0, progress)
+
+
+def _by_length(
+    framed: Sequence[tuple[list[int], list[int]]],
+    work: Callable[[Inputs], torch.Tensor],
+    width: int,
+    pad: int,
+    progress: Callable[[int], None],
+) -> np.ndarray:
+    """What ``work`` makes of each text, (N, width), those of similar length together, the longest first."""
+    out = np.zeros((len(framed), width), np.float32)
+    order = sorted((i for i in range(len(framed)) if framed[i][0]), key=lambda i: len(framed[i][0]))
+    done = len(framed) - len(order)  # a text without a token has nothing but zeros
+    while order:
+        longest = len(framed[order[-1]][0])
+        rows = order[-max(1, BATCH_TOKENS // longest) :]
+        del order[-len(rows) :]
+        tokens, types = torch.full((len(rows), longest), pad), torch.zeros(len(rows), longest, dtype=torch.long)
+        valid = torch.zeros(tokens.shape, dtype=torch.bool)
+        for row, i in enumerate(rows):
+            ids, kinds = framed[i]
+            tokens[row, : len(ids)], types[row, : len(ids)] = torch.tensor(ids), torch.tensor(kinds)
+            valid[row, : len(ids)] = True
+        out[rows] = work(Inputs(tokens, valid=valid, padding="end", token_types=types)).numpy()
+        done += len(rows)
+        progress(done)
+    return out
