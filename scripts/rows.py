@@ -49,6 +49,7 @@ ROWS: dict[str, str] = {
     "A6": "Vectors of words in their context",
     "A7": "Models that look things up in a store",
     "A8": "Qwen2 from configuration to hidden states",
+    "A9": "minimind: its folders read, and written as the classes they are",
     "A10": "DeepSeek: V2 and V3 blocks, fill in the middle",
     "A12": "Other systems' components as ours",
     "B1": "Scaled dot-product attention",
@@ -116,7 +117,6 @@ ROWS: dict[str, str] = {
 
 # Rows that other work is for: tests may already prove a part of them, and the page says so apart.
 BEGUN: dict[str, str] = {
-    "A9": "minimind: its folders read, and written as the classes they are",
     "I2": "Sampling: temperature, top-k, top-p, min-p, repetition",
     "P2": "Temperature as a change of the distribution",
 }
