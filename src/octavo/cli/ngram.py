@@ -98,7 +98,7 @@ def score(
     import numpy as np
 
     loaded, reader = _load(model)
-    total = of_unknown = 0.0
+    total = of_known = 0.0
     n = n_unknown = 0
     for tokens, starts in reader.pieces(texts):
         offsets = np.append(starts, len(tokens))
@@ -107,7 +107,7 @@ def score(
         first[starts] = True
         unknown = tokens[~first] == reader.unknown
         total += float(nats.sum())
-        of_unknown += float(nats[unknown].sum())
+        of_known += float(nats[~unknown].sum())
         n, n_unknown = n + len(nats), n_unknown + int(unknown.sum())
         if lines:
             ends = offsets - np.arange(len(offsets))
@@ -118,7 +118,7 @@ def score(
     if not loaded.normalised:
         typer.echo(f"Scores of {loaded.config.smoothing.kind} are not probabilities: no perplexity, only a rank.")
     typer.echo(f"Perplexity including OOVs:\t{_perplexity(total, n):.8g}")
-    typer.echo(f"Perplexity excluding OOVs:\t{_perplexity(total - of_unknown, n - n_unknown):.8g}")
+    typer.echo(f"Perplexity excluding OOVs:\t{_perplexity(of_known, n - n_unknown):.8g}")
     typer.echo(f"OOVs:\t{n_unknown}")
     typer.echo(f"Tokens:\t{n}")
 
@@ -289,7 +289,9 @@ def _load(path: Path) -> tuple[Any, _Reader]:
 
 def _perplexity(nats: float, n: int) -> float:
     """exp of the mean of -ln p: the minus sign is part of it."""
-    return math.exp(min(-nats / n, 700.0)) if n else math.nan
+    if not n:
+        return math.nan
+    return math.exp(-nats / n) if nats / n > -700 else math.inf
 
 
 def _bytes(text: str | None) -> int | None:
