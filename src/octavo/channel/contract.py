@@ -22,8 +22,11 @@ class Channel(Protocol):
     """p(signal | text), as the edges of a lattice over the signal. ``max_gap`` bounds edges in a row that read none of
     it; ``end`` is ln p(nothing more comes) after the last."""
 
-    max_gap: int
-    end: float
+    @property
+    def max_gap(self) -> int: ...
+
+    @property
+    def end(self) -> float: ...
 
     def edges(self, signal: str, at: int) -> Sequence[Edge]: ...
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -104,11 +104,11 @@ def _lines(text: str | None) -> Iterator[str]:
         yield from str(text).splitlines(keepends=True) or [""]
 
 
-def read_rates(text: str) -> dict[str, float]:
+def read_rates(text: str) -> dict[str, Any]:
     """The rates in a list like ``insert=0.01,delete=0.02``."""
     from octavo.channel.edits import RATES
 
-    found: dict[str, float] = {}
+    found: dict[str, Any] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, value = part.partition("=")
         if name not in RATES:
@@ -120,7 +120,7 @@ def read_rates(text: str) -> dict[str, float]:
     return found
 
 
-def typist(words: CharacterModel, alphabet: str | None, rates: dict[str, float], pairs: Path | None) -> Channel:
+def typist(words: CharacterModel, alphabet: str | None, rates: dict[str, Any], pairs: Path | None) -> Channel:
     """The channel of typing: letters that the model can spell, rates as given or learnt."""
     from octavo.channel.edits import EditChannel
 
