@@ -116,9 +116,10 @@ def test_tensors_are_named_and_arranged_as_by_the_converter_of_llama_cpp(name, m
         assert np.array_equal(file.array(key), wanted[key]), key
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("llama biased", "qwen3")])
 @torch.no_grad()
 def test_transformers_reads_it(name, models, tmp_path):
+    """Its reader of GGUF sets no attention_bias, and takes 128 for the width of Qwen3's heads: neither is asked."""
     pytest.importorskip("accelerate", reason="transformers reads GGUF with accelerate alone: it was not asked")
     import transformers
 
@@ -138,25 +139,24 @@ def test_llama_cpp_says_the_same(name, models, tmp_path):
     there = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=64, n_threads=1, verbose=False, logits_all=True)
     for text in TEXTS[:3]:
         assert there.tokenize(text.encode(), add_bos=True, special=False) == lm.prompt_ids(text)
-    prompt = lm.prompt_ids("the cat")
-    there.eval(prompt)
-    mine = lm.logits(prompt).numpy()
-    logits = np.array(there.scores[: len(prompt)])
-    assert np.abs(logits - mine).max() < 0.01 * np.abs(mine).max()  # its cache has 16 bits
-    there.reset()
-    ids = list(prompt)
-    for _ in range(20):
-        best = lm.logits(ids)[-1].topk(2)
-        if float(best.values[0] - best.values[1]) < 0.02 * float(best.values[0].abs()):
-            break  # too near to tell in 16 bits
-        ids.append(int(best.indices[0]))
-    there.reset()
-    greedy = []
-    for token in there.generate(prompt, temp=0.0, top_k=1):
-        greedy.append(token)
-        if len(greedy) >= len(ids) - len(prompt):
-            break
-    assert len(ids) > len(prompt) and greedy == ids[len(prompt) :]
+    compared = 0
+    for text in ("the cat", "it's  there", "sat on", "你好", "1234"):
+        ids = prompt = lm.prompt_ids(text)
+        there.reset()
+        there.eval(prompt)
+        mine = lm.logits(prompt).numpy()
+        assert np.abs(np.array(there.scores[: len(prompt)]) - mine).max() < 0.01 * np.abs(mine).max()  # a 16-bit cache
+        for _ in range(20):
+            first, second = lm.logits(ids)[-1].topk(2).values.tolist()
+            if first - second < 0.02 * float(np.abs(mine).max()):
+                break  # too near to tell in 16 bits
+            ids = [*ids, int(lm.logits(ids)[-1].argmax())]
+        there.reset()
+        n = len(ids) - len(prompt)
+        said = [token for token, _ in zip(there.generate(prompt, temp=0.0, top_k=1), range(n), strict=False)]
+        assert said == ids[len(prompt) :]
+        compared += n
+    assert compared > 3
 
 
 # -------------------------------------------------------------------------------------------- tokenizers
