@@ -86,7 +86,7 @@ def compare(ours: str, theirs: str) -> str:
     (a, words), (b, other) = read_arpa(ours), read_arpa(theirs)
     if words != other or any(not np.array_equal(x, y) for x, y in zip(a.keys, b.keys, strict=True)):
         return "the n-grams are not the same"
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         probs = [float(np.abs(np.nan_to_num(np.log10(x.prob) - np.log10(y.prob))).max())
                  for x, y in zip(a.levels, b.levels)]  # fmt: skip
         weights = [float(np.abs(np.log10(x.gamma) - np.log10(y.gamma)).max())
