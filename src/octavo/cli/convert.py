@@ -58,7 +58,7 @@ def _write(lm: Any, target: Path, to: str | None, family: str) -> str:
     if to == "gguf":
         from octavo.hub import gguf_write
 
-        return f"GGUF, {gguf_write.write(lm, target)}"
+        return f"GGUF, {gguf_write.write(lm.model, lm.tokenizer, target)}"
     if to == "hf" and family == "auto":
         from octavo.hub.folder import NATIVE, choose_family
 

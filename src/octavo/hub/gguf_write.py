@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from octavo.hub.family import Family
-    from octavo.language_model import LanguageModel
     from octavo.models.decoder import Decoder
     from octavo.tokenizer import Tokenizer
 
@@ -33,7 +32,7 @@ WRITTEN = ("llama", "qwen2", "qwen3", "mamba")
 STORED = {"float32": ("F32", 0), "float16": ("F16", 1), "bfloat16": ("BF16", 32)}  # ggml's type, llama.cpp's file type
 
 
-def write(lm: LanguageModel, target: Path) -> str:
+def write(model: Any, tokenizer: Tokenizer, target: Path) -> str:
     """Write a model with its tokenizer as one file, matrices in the type of its weights; gives the architecture.
 
     The file appears whole or not at all.
@@ -43,7 +42,7 @@ def write(lm: LanguageModel, target: Path) -> str:
     """
     from octavo.models.decoder import Decoder
 
-    package, model = require(), lm.model
+    package = require()
     if not isinstance(model, Decoder):
         raise _cannot("this kind of model")
     family = _family(model)
@@ -53,7 +52,7 @@ def write(lm: LanguageModel, target: Path) -> str:
         "general.name": target.stem,
         "general.file_type": file_type,
         **{f"{name}.{key}": value for key, value in _settings(name, hf).items()},
-        **describe(lm.tokenizer, model.vocab_size),
+        **describe(tokenizer, model.vocab_size),
     }
     make_folder(target.absolute().parent)
     aside = target.absolute().with_name(f".{target.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
@@ -74,7 +73,7 @@ def write(lm: LanguageModel, target: Path) -> str:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        _compare(lm.tokenizer, gguf.read_tokenizer(open_file(aside)))
+        _compare(tokenizer, gguf.read_tokenizer(open_file(aside)))
         fsync_path(aside)
         try:
             os.link(aside, target)  # refuses what exists

@@ -84,7 +84,7 @@ def same_tokenizer(one, other) -> None:
 def test_read_back_it_is_the_same_model(name, dtype, models, tmp_path):
     lm = models(name)
     narrow = LanguageModel(own_copy(lm.model, dtype), lm.tokenizer)
-    assert gguf_write.write(narrow, tmp_path / "m.gguf") == name.split()[0]
+    assert gguf_write.write(narrow.model, narrow.tokenizer, tmp_path / "m.gguf") == name.split()[0]
     again = octavo.load(tmp_path / "m.gguf", "saved")
     mine, theirs = dict(narrow.model.named_parameters()), dict(again.model.named_parameters())
     assert mine.keys() == theirs.keys()
@@ -108,7 +108,7 @@ def own_copy(model: Decoder, dtype: torch.dtype) -> Decoder:
 @pytest.mark.parametrize("name", ["llama", "llama tied", "llama biased", "qwen2", "qwen3"])
 def test_tensors_are_named_and_arranged_as_by_the_converter_of_llama_cpp(name, models, tmp_path):
     lm, theirs = models(name), gguf_models.reference(name)
-    gguf_write.write(lm, tmp_path / "m.gguf")
+    gguf_write.write(lm.model, lm.tokenizer, tmp_path / "m.gguf")
     wanted = gguf_models.tensors(name, theirs)
     file = open_file(tmp_path / "m.gguf")
     assert file.tensors.keys() == wanted.keys()
@@ -124,7 +124,7 @@ def test_transformers_reads_it(name, models, tmp_path):
     import transformers
 
     lm = models(name)
-    gguf_write.write(lm, tmp_path / "m.gguf")
+    gguf_write.write(lm.model, lm.tokenizer, tmp_path / "m.gguf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32).eval()
     tokens = torch.randint(V, (2, 12), generator=torch.Generator().manual_seed(3))
     wanted, got = theirs(tokens, use_cache=False).logits, lm.logits(tokens)
@@ -135,7 +135,7 @@ def test_transformers_reads_it(name, models, tmp_path):
 def test_llama_cpp_says_the_same(name, models, tmp_path):
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: llama.cpp was not asked")
     lm = models(name)
-    gguf_write.write(lm, tmp_path / "m.gguf")
+    gguf_write.write(lm.model, lm.tokenizer, tmp_path / "m.gguf")
     there = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=64, n_threads=1, verbose=False, logits_all=True)
     for text in TEXTS[:3]:
         assert there.tokenize(text.encode(), add_bos=True, special=False) == lm.prompt_ids(text)
@@ -167,7 +167,7 @@ def test_llama_cpp_says_the_same(name, models, tmp_path):
 )
 def test_each_way_of_cutting_has_its_name(split, name, tmp_path):
     lm = LanguageModel(own(**OWN["mamba"]), train(ByteBPE(vocab_size=280, split=split), TEXTS))
-    gguf_write.write(lm, tmp_path / "m.gguf")
+    gguf_write.write(lm.model, lm.tokenizer, tmp_path / "m.gguf")
     assert open_file(tmp_path / "m.gguf").metadata["tokenizer.ggml.pre"] == name
     same_tokenizer(octavo.load(tmp_path / "m.gguf").tokenizer, lm.tokenizer)
 
@@ -183,7 +183,7 @@ def test_sentencepiece_keeps_its_order_of_merging(leading_space, tmp_path):
     roles = {"bos": 1, "eos": 2, "unk": 0}
     made = vocabulary.sentencepiece(tmp_path, pieces, scores, kinds, roles, leading_space=leading_space)
     lm = LanguageModel(own(**OWN["mamba"]), made)
-    gguf_write.write(lm, tmp_path / "m.gguf")
+    gguf_write.write(lm.model, lm.tokenizer, tmp_path / "m.gguf")
     again = octavo.load(tmp_path / "m.gguf").tokenizer
     for text in ("the cat", "  hath  chat", "é the\n", "", "x"):
         assert again.encode(text) == made.encode(text)
@@ -212,7 +212,7 @@ REFUSED = [
 def test_what_a_file_could_not_say_is_refused(settings, said, tokenizer, tmp_path):
     lm = LanguageModel(own(**{"blocks": {"block": {"mixer": ATTENTION}}, **settings}), tokenizer)
     with pytest.raises(ConfigError) as caught:
-        gguf_write.write(lm, tmp_path / "m.gguf")
+        gguf_write.write(lm.model, lm.tokenizer, tmp_path / "m.gguf")
     assert said in str(caught.value)
     assert not list(tmp_path.iterdir())
 
@@ -230,7 +230,7 @@ def test_what_a_file_could_not_say_is_refused(settings, said, tokenizer, tmp_pat
 def test_tokenizers_without_words_in_gguf_are_refused(config, said, tmp_path):
     lm = LanguageModel(own(**OWN["mamba"]), train(config, TEXTS))
     with pytest.raises(ConfigError, match=said):
-        gguf_write.write(lm, tmp_path / "m.gguf")
+        gguf_write.write(lm.model, lm.tokenizer, tmp_path / "m.gguf")
     assert not list(tmp_path.iterdir())
 
 
@@ -241,7 +241,7 @@ def test_numbers_beyond_float16_are_refused(models, tmp_path):
     half = LanguageModel(model.half(), models("llama").tokenizer)
     assert not torch.isfinite(half.model.head.weight).all()
     with pytest.raises(ConfigError, match="float16"):
-        gguf_write.write(half, tmp_path / "m.gguf")
+        gguf_write.write(half.model, half.tokenizer, tmp_path / "m.gguf")
     assert not list(tmp_path.iterdir())
 
 
