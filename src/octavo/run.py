@@ -425,8 +425,9 @@ def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str]]
             below = f"{key}.{name}" if key else str(name)
             if name not in new:
                 yield below, f"{below}: {_short(old[name])} -> (absent)"
-            elif name not in old:
-                yield below, f"{below}: (absent) -> {_short(new[name])}"
+            elif name not in old:  # nothing said before, nothing now: a key that a later version knows
+                if new[name] is not None:
+                    yield below, f"{below}: (absent) -> {_short(new[name])}"
             else:
                 yield from _differences(old[name], new[name], below)
     elif old != new or isinstance(old, bool) is not isinstance(new, bool):

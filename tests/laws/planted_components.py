@@ -37,7 +37,7 @@ BUGS = [
     ),
     Bug(
         "padding: outputs are not moved back", "nn/contracts.py",
-        'padding="end"), order.argsort(1)', 'padding="end"), order',
+        "memory=self.memory), order.argsort(1)", "memory=self.memory), order",
         (laws_of("attention"),),
     ),
     Bug(
@@ -99,7 +99,7 @@ BUGS = [
     ),
     Bug(
         "alibi: nearer keys lose more", "nn/position_bias.py",
-        "return -self.slopes.to", "return self.slopes.to",
+        "return -self.scale * self.slopes", "return self.scale * self.slopes",
         ("tests/unit/nn/test_position_bias.py::test_trap_e8_alibi_is_added_to_scores",),
     ),
     Bug(

@@ -161,6 +161,14 @@ def test_differences_are_listed_and_those_that_change_the_run_are_refused(tmp_pa
     assert run.read_recipe() == RECIPE
 
 
+def test_a_key_that_was_not_known_then_and_is_not_set_now_is_no_difference(tmp_path):
+    run = RunFolder(tmp_path)
+    run.write_recipe(RECIPE)
+    assert run.write_recipe(changed(train={"average": None}, vectors=None)) == []
+    with pytest.raises(ConfigErrors, match=r"vectors: \(absent\) -> "):
+        run.write_recipe(changed(vectors={"path": "a.vec"}))
+
+
 def test_free_and_allowed_differences_are_noted_and_recorded(tmp_path):
     run = RunFolder(tmp_path)
     run.write_recipe(RECIPE)
