@@ -85,7 +85,7 @@ def test_classes_are_learnt_on_either(start, encoder, files, tmp_path):
     """The words decide: after a few dozen steps an encoder's first and a decoder's last token tell the classes."""
     base = encoder if start == "encoder" else run(recipe(files, DECODER), tmp_path / "decoder").path
     data = {"kind": "labelled", "paths": [str(files / "rows.jsonl")]}
-    tune = {**STEPS, "steps": 60, "held_out": 0.2, "data": data}
+    tune = {**STEPS, "steps": 100, "held_out": 0.2, "data": data, "optimizer": {"lr": 2e-3}}
     made = Recipe.parse({"model": {"kind": "pretrained", "path": str(base)}, "tune": tune})
     assert made.tune.objective.kind == "classes"
     folder = run(made, tmp_path / "run").path
