@@ -53,11 +53,11 @@ def test_the_recipes_shown_are_the_one_shipped_and_one_that_builds(page):
 
 
 def test_the_kinds_listed_are_the_kinds_there_are():
-    from octavo.models.decoder import MODELS
+    from octavo.models.tables import MODELS
     from octavo.nn import tables
     from octavo.objectives.tables import OBJECTIVES
-    from octavo.tokenizer.config import CONFIGS
     from octavo.predictors.kinds import PREDICTORS
+    from octavo.tokenizer.config import CONFIGS
     from octavo.training.optimizers import OPTIMIZERS
     from octavo.training.schedule import SCHEDULES
 
