@@ -315,4 +315,24 @@ BUGS = [
         "return keys.slots - torch.where(begins, keys.slots, 0).cummax(1).values", "return keys.slots",
         ("tests/parity/test_classic_family_parity.py::test_rounded_places_count_within_a_document",),
     ),
+    Bug(
+        "n-grams: what begins a sentence has no count below the highest order", "ngrams/counting.py",
+        "return np.where(distinct > 0, distinct, raw)", "return distinct",
+        ("tests/parity/test_kenlm_parity.py::test_every_number_of_lmplz[text-3]",),
+    ),
+    Bug(
+        "n-grams of any length: a context reaches into the document before", "ngrams/suffixes.py",
+        "np.where(end_place[rows] >= depth - 1, tokens", "np.where(end_place[rows] >= 0, tokens",
+        ("tests/unit/ngrams/test_suffixes.py::test_contexts_never_cross_a_document",),
+    ),
+    Bug(
+        "interpolation: mass that stopped above is counted again below", "ngrams/backing_off.py",
+        "reach = reach - stopped", "reach = reach * 1",
+        ("tests/unit/ngrams/test_smoothing.py::test_em_never_lowers_the_held_out_likelihood[0]",),
+    ),
+    Bug(
+        "back-off: the best token of the shorter context, though it was seen and is rarer here", "ngrams/estimate.py",
+        "best[contradicted] = -1", "pass",
+        ("tests/unit/ngrams/test_smoothing.py::test_the_best_token_is_searched_for_where_back_off_contradicts_it[stupid_backoff]",),
+    ),
 ]  # fmt: skip

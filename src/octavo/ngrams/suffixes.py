@@ -171,7 +171,6 @@ class InfiniGram:
             occurs[rows] = 0
             alive = self._followed(first, end)
             good = np.flatnonzero((alive > 0) & (rows < n) & (depth <= longest))
-            good = good[place[rows[good]] >= depth]
             matched = rows[good]
             length[matched], times[matched] = depth, 0  # unless the next depth finds the token after it
             low[matched], high[matched], followed[matched] = first[good], end[good], alive[good]

@@ -81,6 +81,17 @@ def test_laplace_and_lidstone_by_hand():
     np.testing.assert_allclose(np.exp(fit("add_k", 2, documents).next_log_probs([9])), 1 / V)
 
 
+@pytest.mark.parametrize("kind", ["stupid_backoff", "katz"])
+def test_the_best_token_is_searched_for_where_back_off_contradicts_it(kind):
+    """After 2 ten tokens came once each, 11 among them; elsewhere 11 is nearly everything. After 2 it is one of ten."""
+    documents = [*([0, 2, token] for token in (1, 3, 4, 5, 6, 7, 8, 9, 10, 11)), [0, *[11] * 200]]
+    model = fit(kind, 2, documents)
+    best = int(model.next_log_probs([0, 2]).argmax())
+    hits = {token: bool(model.score([0, 2, token])[1][1]) for token in range(V)}
+    assert hits == {token: token == best for token in range(V)}
+    assert best != 11
+
+
 @pytest.mark.rows("N3")
 def test_stupid_backoff_by_hand_says_that_it_is_not_normalised():
     model = fit("stupid_backoff", 3, [[0, 2, 3, 1], [0, 2, 4, 1]])

@@ -72,6 +72,8 @@ def test_contexts_never_cross_a_document():
     documents = [[0, 2, 3], [0, 4, 5]]
     model = InfiniGram.fit(InfiniGram.Config(), documents, V)
     assert np.exp(model.next_log_probs([3])).tolist() == np.exp(model.next_log_probs([])).tolist()
+    # Here the training text has "eos bos" inside a document, so that a context that crossed would be found.
+    documents, model = [[0, 2, 3], [0, 4, 5]], InfiniGram.fit(InfiniGram.Config(), [[0, 2, 3, 0, 4, 6], [0, 4, 5]], V)
     apart = np.concatenate([model.log_probs(document) for document in documents])
     np.testing.assert_array_equal(model.log_probs(*flatten(documents)), apart)
 
