@@ -92,7 +92,7 @@ def encoder(
     second = [
         f"model.path={folder}/encoder", f"tune.data.paths=[{folder}/train.jsonl]", "tune.held_out=0.02",
         f"tune.steps={tune}", "tune.threads=1", f"tune.save_every={tune}", "tune.schedule.warmup=10",
-        "tune.data.pooling=mean", "eval=null",
+        "tune.data.pooling=mean", "tune.optimizer.lr=0.001", "eval=null",
     ]  # fmt: skip
     octavo.train("classifier", second, out=folder / "classifier")
     lm = octavo.load(folder / "classifier")
@@ -108,8 +108,8 @@ def timed(work: Any, *args: Any) -> tuple[np.ndarray, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs=2, type=Path)
-    parser.add_argument("--pretrain", type=int, default=600, help="steps of 4096 tokens")
-    parser.add_argument("--tune", type=int, default=500, help="steps of 4096 tokens")
+    parser.add_argument("--pretrain", type=int, default=350, help="steps of 4096 tokens")
+    parser.add_argument("--tune", type=int, default=450, help="steps of 4096 tokens")
     args = parser.parse_args()
     train, test = split(args.files)
     given = np.array([label for _, label in test])

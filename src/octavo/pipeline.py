@@ -39,8 +39,7 @@ from octavo.infer.sampling import SamplingConfig
 from octavo.language_model import LanguageModel, load
 from octavo.models.cost import cost
 from octavo.models.decoder import Decoder, build
-from octavo.models.heads import ClassesConfig, TransformConfig
-from octavo.models.override import carried_over, with_classes
+from octavo.models.override import carried_over, head_for, with_classes
 from octavo.objectives.tables import OBJECTIVES
 from octavo.predictors.folder import array_bytes
 from octavo.predictors.kinds import count, facts
@@ -362,7 +361,9 @@ class Pipeline:
             rows = feed.tuning(recipe, tokenizer, seq_len, keep=keep)
         section = "train" if stage == "pretrain" else "tune"
         if rows.classes:
-            shape = self._classified(shape, rows.classes)
+            data = recipe.tune.data if recipe.tune else None
+            assert isinstance(data, LabelledData)
+            shape = with_classes(shape, head_for(shape, rows.classes, data.problem, data.pooling))
         if tight := require(shape, config, config.precision, rows.source.rows, section):
             self.console.warn(tight)
         model = start()
@@ -425,20 +426,6 @@ class Pipeline:
     @property
     def _labelled(self) -> bool:
         return self.recipe.tune is not None and isinstance(self.recipe.tune.data, LabelledData)
-
-    def _classified(self, shape: Decoder.Config, names: tuple[str, ...]) -> Decoder.Config:
-        """A model's configuration with a head for these classes; the one it has, if that is of the same."""
-        data = self.recipe.tune.data if self.recipe.tune else None
-        assert isinstance(data, LabelledData)
-        own = shape.classes
-        same = own is not None and (own.labels or names) == names and own.n == len(names)
-        if own is not None and same and own.over == "sequence" and data.pooling in (None, own.pooling):
-            return with_classes(shape, own.model_copy(update={"labels": names, "n_classes": None}))
-        pooling = data.pooling or ("last" if shape.causal else "first")
-        pooler = None if shape.causal else TransformConfig(activation="tanh", norm=False)
-        head = ClassesConfig(labels=names, pooling=pooling, transform=pooler, bias=not shape.causal,
-                             dropout=0.0 if shape.causal else 0.1, problem=data.problem)  # fmt: skip
-        return with_classes(shape, head)
 
     def _judged(self, stage: str) -> dict[str, Any]:
         """Figures of held-out rows by the model of a stage: classes said, or hidden tokens foretold."""

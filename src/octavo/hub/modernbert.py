@@ -102,7 +102,7 @@ class ModernBert(Encoder):
         mixer, dense = blocks[0].mixer, self._dense(config)
         channel: Any = blocks[0].channel
         kinds = ["full_attention" if block.mixer.window is None else "sliding_attention" for block in blocks]
-        near = next((b for b, kind in zip(blocks, kinds, strict=True) if kind == "sliding_attention"), None)
+        near: Any = next((b for b, kind in zip(blocks, kinds, strict=True) if kind == "sliding_attention"), None)
         theta = {"full_attention": config.positions.theta}
         theta["sliding_attention"] = near.positions.theta if near else THETAS["sliding_attention"][1]
         pooling = config.classes.pooling if config.classes and config.classes.over == "sequence" else "first"

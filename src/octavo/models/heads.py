@@ -15,6 +15,7 @@ from octavo.nn.tables import NORMS
 from octavo.schema import Config, component
 
 Pooling = Literal["first", "last", "mean"]
+Problem = Literal["single_label", "multi_label", "regression"]
 
 
 class TransformConfig(Config):
@@ -58,7 +59,7 @@ class ClassesConfig(Config):
     transform: TransformConfig | None = None
     bias: bool = True
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    problem: Literal["single_label", "multi_label", "regression"] = "single_label"
+    problem: Problem = "single_label"
 
     @model_validator(mode="after")
     def _counted(self) -> ClassesConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from octavo.errors import UnsupportedError
 from octavo.models.decoder import Decoder, build
-from octavo.models.heads import ClassesConfig
+from octavo.models.heads import ClassesConfig, Pooling, Problem, TransformConfig
 from octavo.nn.rope import RotaryPositions
 from octavo.schema import Config
 
@@ -31,6 +31,23 @@ def with_classes(config: Decoder.Config, classes: ClassesConfig) -> Decoder.Conf
         {} if config.causal else {"head_transform": None, "head_bias": config.head_bias and not config.tie_embeddings}
     )
     return type(config).model_validate(config.model_copy(update={**bare, "classes": classes}).model_dump())
+
+
+def head_for(
+    config: Decoder.Config, names: tuple[str, ...], problem: Problem, pooling: Pooling | None = None
+) -> ClassesConfig:
+    """A head for these classes: the one that ``config`` has, if it is of the same; else the usual one for such a model.
+
+    A decoder's is one product on its last token, an encoder's BERT's: its first token through a layer with tanh.
+    """
+    own = config.classes
+    same = own is not None and own.over == "sequence" and own.n == len(names) and (own.labels or names) == names
+    if own is not None and same and own.problem == problem and pooling in (None, own.pooling):
+        return own.model_copy(update={"labels": names, "n_classes": None})
+    if config.causal:
+        return ClassesConfig(labels=names, pooling=pooling or "last", bias=False, problem=problem)
+    pooler = TransformConfig(activation="tanh", norm=False)
+    return ClassesConfig(labels=names, pooling=pooling or "first", transform=pooler, dropout=0.1, problem=problem)
 
 
 def set_rope_scaling(model: Decoder, scaling: Config | None) -> None:
