@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from octavo.data.denoising import InfilledRows, SpanRows, corrupt_spans, infill, permute_sentences, sentinels
+from octavo.data.denoising import (
+    InfilledRows,
+    PrefixRows,
+    SpanRows,
+    corrupt_spans,
+    infill,
+    permute_sentences,
+    sentinels,
+)
 from octavo.data.made_pairs import MADE
 from octavo.data.pack import Packed, PackReport, Piece
 from octavo.data.pairs import PairRows, PairsConfig, read
@@ -184,3 +192,34 @@ def test_damaged_rows_are_a_function_of_seed_pass_and_row():
                 assert mended(source, target, rows.sentinels) == text
             else:
                 assert target == text and tokenizer.special.mask in source
+
+
+@pytest.mark.rows("A5")
+def test_a_prefix_ends_anywhere_in_its_document_and_is_not_learnt():
+    class Two(Texts):
+        """Two documents a row, of 10 and 30 slots."""
+
+        def rows(self, epoch, index):
+            batch = super().rows(epoch, index)
+            valid = np.ones(batch["tokens"].shape, bool)
+            learnt = valid.copy()
+            learnt[:, 9] = False  # its target is in the next document
+            return {**batch, "valid": valid, "loss_mask": learnt}
+
+        def pieces(self, epoch, number):
+            return [Piece(0, 10, 10, 2 * number, 0, 10), Piece(10, 30, 30, 2 * number + 1, 0, 30)]
+
+    rows, index = PrefixRows(Two(500), seed=3), np.arange(500)
+    batch = rows.rows(1, index)
+    prefix, learnt = batch["prefix"], batch["loss_mask"]
+    for start, slots in ((0, 10), (10, 30)):
+        part = prefix[:, start : start + slots]
+        ends = part.sum(1)
+        assert (part == (np.arange(slots) < ends[:, None])).all()
+        assert set(ends) == set(range(slots))  # one token is always left to foretell
+        # the target of slot t is token t + 1: learnt from the last token of the prefix on
+        wanted = np.arange(slots) >= np.maximum(ends - 1, 0)[:, None]
+        wanted[:, -1] &= start != 0
+        assert (learnt[:, start : start + slots] == wanted).all()
+    assert (rows.rows(1, index[7:9])["prefix"] == prefix[7:9]).all()
+    assert (rows.rows(2, index)["prefix"] != prefix).any()
