@@ -335,4 +335,29 @@ BUGS = [
         "best[contradicted] = -1", "pass",
         ("tests/unit/ngrams/test_smoothing.py::test_the_best_token_is_searched_for_where_back_off_contradicts_it[stupid_backoff]",),
     ),
+    Bug(
+        "window: what reads both ways sees no end ahead", "nn/contracts.py",
+        "allowed = allowed if causal else allowed & (key < query + window)", "pass",
+        ("tests/parity/test_encoder_parity.py::test_a_folder_says_the_same_here_and_there[modernbert-masked]",),
+    ),
+    Bug(
+        "decoder: every block turns by the model's rotation", "models/decoder.py",
+        "return {name: found[i] for name, i in self.turns.items()}", "return {name: found[0] for name in self.turns}",
+        ("tests/laws/test_encoder_laws.py::test_each_block_turns_by_its_own_scheme",),
+    ),
+    Bug(
+        "classes: the last slot, not the last token", "models/heads.py",
+        "flags.shape[1] - 1 - flags.flip(1).argmax(1)", "flags.argmax(1) * 0 + flags.shape[1] - 1",
+        ("tests/parity/test_encoder_parity.py::test_a_decoder_reads_its_classes_from_the_last_token[right]",),
+    ),
+    Bug(
+        "masking: every pass hides the same tokens", "data/masking.py",
+        "salt = 0 if self.static else epoch + 1", "salt = 0",
+        ("tests/unit/data/test_masking.py::test_dynamic_masking_changes_with_the_pass_and_static_does_not",),
+    ),
+    Bug(
+        "masking: special tokens are hidden too", "data/masking.py",
+        "< self.probability) & valid & self.usual[tokens]", "< self.probability) & valid",
+        ("tests/unit/data/test_masking.py::test_the_shares_are_those_asked_for",),
+    ),
 ]  # fmt: skip
