@@ -132,7 +132,11 @@ def targets(rows: Sequence[Labelled], names: Sequence[str], problem: Problem) ->
         if problem == "multi_label":
             out[i, [places[str(name)] for name in row.label]] = 1
         elif len(row.label) != len(names):
-            raise DataError(f"{len(row.label)} numbers instead of {len(names)}", where=f"{row.source}:{row.line}")
+            raise DataError(
+                f"{len(row.label)} numbers instead of {len(names)}",
+                where=f"{row.source}:{row.line}",
+                fix="give every row as many as the first",
+            )
         else:
             out[i] = row.label
     return out

@@ -82,6 +82,7 @@ class Decoder(nn.Module):
                 raise ValueError(
                     f"shared and multi_token name unknown blocks {unknown}; there is {sorted(self.blocks)}"
                 )
+            self.heads()  # they must fit, whatever the positions are
             for scheme in self.schemes():
                 for dims in self.position_dims(scheme) if scheme.kind == "rope" and self.heads(scheme) else ():
                     scheme.check(dims.head_dim)

@@ -141,7 +141,11 @@ def test_a_family_without_a_class_is_written_only_when_asked(name, tmp_path, mon
     assert torch.equal(load_model(tmp_path / "m")(Inputs(tokens)).logits, model(Inputs(tokens)).logits)
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+# The others have configurations of their own beside their references, whose loader is as strict.
+CHOSEN = {name.split()[0] for name in (*CHOICES, *MINIMIND)}
+
+
+@pytest.mark.parametrize("family", [FAMILIES[name] for name in FAMILIES if name in CHOSEN], ids=lambda f: f.model_type)
 def test_every_parameter_has_one_name_there(family):
     named = CHOICES if family.automatic else MINIMIND
     chosen = next(c for n, c in named.items() if n.split()[0] == family.model_type)
