@@ -21,7 +21,8 @@ class Batch:
 
     tokens, targets (B, T) int64; loss_mask (B, T) float, 0 where a target does not count; doc_ids and
     positions (B, T) int64; valid (B, T) bool. ``extra`` holds what one objective needs beside these, each
-    with the row axis first, and the ``source`` (B, S) and ``source_valid`` of pairs. ``padding`` "end" says that what is not valid stands at the end of every row.
+    with the row axis first, and the ``source`` (B, S) and ``source_valid`` of pairs. ``padding`` "end" says that what
+    is not valid stands at the end of every row.
     """
 
     tokens: Tensor

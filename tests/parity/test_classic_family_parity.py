@@ -152,7 +152,6 @@ def test_decoding_with_a_state_is_one_pass_of_theirs(pair):
     agree("attention", f"transformers {theirs.__class__.__name__}", torch.cat(got, 1), theirs(tokens).logits)
 
 
-
 REFUSED = [
     ("gpt_neox", {"is_decoder": True}, "is_decoder = True"),
     ("gpt_neox", {"rope_parameters": PART | {"partial_rotary_factor": 0.4}}, "partial_rotary_factor = 0.4"),

@@ -59,7 +59,7 @@ VERBS: dict[str, Verb] = {
     "store": Verb("octavo.cli.store", USE, "Passages that a model looks up; changed without training."),
     "eval": Verb("octavo.cli.eval", KNOW, "Score a model on held-out text and questions."),
     "longcontext": Verb("octavo.cli.longcontext", KNOW, "Compare ways to read texts longer than those trained on."),
-    "compare": Verb("octavo.cli.compare", KNOW, "Train many models on the same text with the same budget, and compare."),
+    "compare": Verb("octavo.cli.compare", KNOW, "Train many models on one text with one budget, and compare."),
     "ablate": Verb("octavo.cli.ablate", KNOW, "Train a recipe with several values of some keys, and compare."),
     "report": Verb("octavo.cli.report", KNOW, "Write the report page of a run, or of several side by side."),
     "checkpoint": Verb("octavo.cli.checkpoint", KNOW, "Read saved training state again: is every byte as it was?"),
