@@ -38,7 +38,7 @@ class Batch:
     def from_numpy(cls, arrays: Mapping[str, np.ndarray], device: str | torch.device = "cpu") -> Batch:
         """Take a loader's arrays; names that are not fields go to ``extra``."""
         if "labels" in arrays:  # texts one a row: what is padding in all of them is left out
-            longest = -(-max(1, int(arrays["valid"].any(0).nonzero()[0].max(initial=0)) + 1) // 8) * 8
+            longest = -(-max(1, int(np.flatnonzero(arrays["valid"].any(0)).max(initial=0)) + 1) // 8) * 8
             cut = (*TENSORS, "token_types")
             arrays = {name: a[:, :longest] if name in cut else a for name, a in arrays.items()}
         dtypes = {"loss_mask": torch.float32, "valid": torch.bool}

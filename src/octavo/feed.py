@@ -12,7 +12,7 @@ from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
-from octavo.config import DENOISING, ChatData, LabelledData, PairsData, Pretrained, Recipe, TuneConfig
+from octavo.config import DENOISING, ChatData, FactsData, LabelledData, PairsData, Pretrained, Recipe, TuneConfig
 from octavo.data import chat, check_chat, check_files, denoising, facts, labelled, pairs, prepare, show
 from octavo.data import check as data_check
 from octavo.data.chat import ChatReport, Conversation
@@ -398,6 +398,7 @@ def conversations(
 ) -> tuple[list[Conversation], list[Conversation]]:
     """What is trained on, and what is kept for validation."""
     if not isinstance(config.data, ChatData):
+        assert isinstance(config.data, FactsData)  # pairs and labels are read elsewhere
         built = facts.build(seed, config.data.facts)
         if keep is not None:
             built.write(keep)

@@ -46,6 +46,17 @@ class LanguageModel:
         self.model, self.tokenizer = model, tokenizer
 
     @property
+    def network(self) -> Decoder:
+        """The model, where it has weights.
+
+        Raises:
+            ConfigError: it was counted.
+        """
+        if isinstance(self.model, NGramPredictor):
+            raise ConfigError("the model was counted: it has no weights", fix="give a model that was trained")
+        return self.model
+
+    @property
     def max_seq_len(self) -> int:
         """The longest context in tokens."""
         return self.model.max_seq_len
@@ -76,6 +87,7 @@ class LanguageModel:
         """Next-token logits for tokens (T,) or (B, T): (T, V) or (B, T, V)."""
         ids = torch.as_tensor(tokens, dtype=torch.long)
         logits = self.model(Inputs(ids.view(-1, ids.shape[-1]))).logits
+        assert logits is not None
         return logits[0] if ids.ndim == 1 else logits
 
     @torch.no_grad()
@@ -83,6 +95,7 @@ class LanguageModel:
         """The embedding output, layers 1 to n-1, and the normed last: n+1 tensors (T, D) or (B, T, D)."""
         ids = torch.as_tensor(tokens, dtype=torch.long)
         states = self.model(Inputs(ids.view(-1, ids.shape[-1])), needs=("hidden_states",)).hidden_states
+        assert states is not None
         return tuple(state[0] for state in states) if ids.ndim == 1 else states
 
     def embed(self, texts: Sequence[str], **settings: Any) -> np.ndarray:

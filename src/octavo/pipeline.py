@@ -282,7 +282,7 @@ class Pipeline:
         config, source, seq_len = ready.trainer.config, ready.rows.source, ready.seq_len
         epochs = config.steps / source.steps_per_epoch
         self.console.note(
-            f"{cost(ready.lm.model).parameters:,} parameters; {config.steps:,} steps of {source.rows * seq_len:,} "
+            f"{cost(ready.lm.network).parameters:,} parameters; {config.steps:,} steps of {source.rows * seq_len:,} "
             f"tokens, {epochs:.2f} passes over {ready.rows.tokens:,} tokens; {config.precision}, "
             f"{'compiled' if config.compile == 'step' else 'not compiled'}, {config.threads} threads"
         )
@@ -368,7 +368,7 @@ class Pipeline:
             self.console.warn(tight)
         model = start()
         if rows.classes:
-            base = load(self.folder.base_path).model if recipe.train else model
+            base = load(self.folder.base_path).network if recipe.train else model
             model = carried_over(base, shape, seed=recipe.seed)
         elif stage == "tune" and recipe.train:  # base/ has the weights; what only matters in training is the recipe's
             base = load(self.folder.base_path)
@@ -378,7 +378,7 @@ class Pipeline:
                     f"({tokenizer.vocab_size})",
                     fix="restore both, or use a new run folder",
                 )
-            model.load_state_dict(base.model.state_dict())
+            model.load_state_dict(base.network.state_dict())
         own = folder or self.folder.path / stage
         make_folder(own)
         lm = LanguageModel(model, tokenizer)
@@ -438,8 +438,9 @@ class Pipeline:
             return {"masked": judge_masked(hidden_right(final.model, batch) for batch in batches)}
         parts = [(batch.extra["labels"], class_scores(final.model, batch)) for batch in batches]
         given, scores = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
-        problem = final.model.config.classes.problem
-        return {"classes": judge(given, scores, found.classes, problem)}
+        head = final.network.config.classes
+        assert head is not None
+        return {"classes": judge(given, scores, found.classes, head.problem)}
 
     def evaluate(self) -> dict[str, Any]:
         """Bits per byte next to the n-gram baseline, and answers to held-out questions; hidden tokens; classes."""
@@ -449,7 +450,7 @@ class Pipeline:
         judged = self._judged("pretrain") if self._masked else {}
         judged |= self._judged("tune") if self._labelled else {}
         if self._masked or (self._labelled and recipe.data is None):
-            about = {"parameters": cost(load(self.folder.path).model).parameters, "run": recipe.name}
+            about = {"parameters": cost(load(self.folder.path).network).parameters, "run": recipe.name}
             result = {"about": about, **judged, "config": config.model_dump(mode="json")}
             write_json(self.folder.path / "scores.json", result)
             for name, line in summary(result).items():
@@ -460,7 +461,7 @@ class Pipeline:
         data = self.folder.path / "data"
         questions = self._questions()
         counted = isinstance(final.model, NGramPredictor)
-        facts_ = {"parameters": None if counted else cost(final.model).parameters, "run": recipe.name}
+        facts_ = {"parameters": None if counted else cost(final.network).parameters, "run": recipe.name}
         if recipe.data is not None and feed.has_held_out(self.folder.path):
             held_out = Shards.open(data / "valid")
             result = evaluate(
@@ -508,7 +509,7 @@ class Pipeline:
         """The model before training, and how it is made: fresh, or the pretrained one a recipe names."""
         config = self.recipe.model
         if isinstance(config, Pretrained.Config):
-            model = load(config.path).model
+            model = load(config.path).network
             return model.config, lambda: model
         config = _sized(config, tokenizer)
         vectors = self.recipe.vectors if stage == "pretrain" else None

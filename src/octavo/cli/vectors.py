@@ -247,7 +247,7 @@ def export(
     wanted = _format(to) or formats.format_of(target)
     _new(target)
     lm = language_model.load(model)
-    vectors, left_out = rows_of(lm.model, lm.tokenizer)
+    vectors, left_out = rows_of(lm.network, lm.tokenizer)
     formats.write(vectors, target, wanted)
     more = f"; {left_out:,} tokens with white space in their spelling are left out" if left_out else ""
     typer.echo(f"{len(vectors):,} words of {vectors.dim} numbers -> {target} ({wanted}){more}")

@@ -7,7 +7,7 @@ pretraining, which sentence follows which, is not built here: its weights are le
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from octavo.errors import CheckpointError
 from octavo.hub.family import Entry, Family, activation, hf_activation
@@ -37,7 +37,7 @@ class Encoder(Family):
     def architecture(self) -> str:  # type: ignore[override]
         return self.stem + self.purpose
 
-    def of(self, hf: Mapping[str, Any]) -> Encoder:
+    def of(self, hf: Mapping[str, Any]) -> Self:
         named = (hf.get("architectures") or [f"{self.stem}ForMaskedLM"])[0]
         known: dict[str, Purpose] = {self.stem + p: p for p in PURPOSES}
         known |= {self.stem + name: purpose for name, purpose in self.synonyms.items()}

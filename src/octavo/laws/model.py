@@ -60,9 +60,10 @@ def check(
     """
     if unknown := set(laws or ()).difference(LAWS):
         raise ValueError(f"there is no law {sorted(unknown)}; the laws are {', '.join(LAWS)}")
+    values: Any = config  # one of several configurations, which share a base
     if not isinstance(config, Config):
-        config = MODELS[config.get("kind", "decoder")].Config.model_validate(dict(config))
-    subject = Subject(config, seed)
+        values = MODELS[config.get("kind", "decoder")].Config.model_validate(dict(config))
+    subject = Subject(values, seed)
     chosen = {name: law for name, law in LAWS.items() if (name in laws if laws else slow or not law.slow)}
     try:
         promised = subject.model.capabilities

@@ -114,7 +114,7 @@ def check_objective(
         model = build(Decoder.Config.model_validate(
             {"d_model": 8, "n_layers": 1, "vocab_size": 13, "max_seq_len": 16, "blocks": {"block": block}}
         )).double()  # fmt: skip
-        randomise(model, 1)
+        randomise(model, 1)  # type: ignore[arg-type] - it was just built
     trial = Trial(objective, model, batch or uneven_batch(model.vocab_size))  # type: ignore[arg-type]
     return [
         verdict(name, law, trial, asked=masks_tokens or name not in ("masked", "empty")) for name, law in LAWS.items()

@@ -46,7 +46,7 @@ def cost(
     S = n_source or T
     D, ends = model.config.d_model, model.decoder if isinstance(model, EncoderDecoder) else model
     head = 2 * T * D * (model.vocab_size + (D if ends.head_transform is not None else 0))
-    read = S if ends is model or model.config.memory == "all" else 1
+    read = 1 if isinstance(model, EncoderDecoder) and model.config.memory != "all" else S
     flops = sum(mixer.flops(*_lengths(name, T, S, read)) for name, mixer in model.mixers().items()) + head
     training = flops + sum(module.flops(T) + head for module in model.multi_token)  # type: ignore[operator]
     halves = [model.encoder, model.decoder] if isinstance(model, EncoderDecoder) else [model]
