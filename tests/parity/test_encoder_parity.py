@@ -91,10 +91,10 @@ def test_a_folder_says_the_same_here_and_there(name, purpose, tmp_path):
         wanted = there(tokens, attention_mask=valid.long(), output_hidden_states=True, **extra)
         got, states = ours_of(model, purpose, tokens=tokens, valid=valid, token_types=types)
         for i, (a, b) in enumerate(zip(states, wanted.hidden_states, strict=True)):
-            agree("encoder", f"transformers {type(there).__name__}", a[valid], b[valid], case=f"{case}, layer {i}")
+            agree("attention", f"transformers {type(there).__name__}", a[valid], b[valid], case=f"{case}, layer {i}")
         if purpose != "base":
             reach = (slice(None),) if purpose == "sequence" else valid
-            agree("encoder", f"transformers {type(there).__name__}", got[reach], wanted.logits[reach], case=case)
+            agree("attention", f"transformers {type(there).__name__}", got[reach], wanted.logits[reach], case=case)
 
     compare(theirs, name)
     assert save_model(model, tmp_path / "ours") == name.split()[0]
@@ -115,7 +115,7 @@ def test_what_the_classes_are_read_of_is_berts_pooled_output(tmp_path):
     model, (tokens, valid) = load_model(tmp_path), texts()
     hidden = model(Inputs(tokens, valid=valid), needs=("hidden",)).hidden
     got = model.classes.read(hidden, place(Inputs(tokens, valid=valid))[0])
-    agree("encoder", "transformers BertPooler", got, theirs.bert(tokens, attention_mask=valid.long()).pooler_output)
+    agree("attention", "transformers BertPooler", got, theirs.bert(tokens, attention_mask=valid.long()).pooler_output)
 
 
 @pytest.mark.rows("A1")
@@ -129,7 +129,7 @@ def test_gradients_are_theirs(tmp_path):
     local = model.stack()[1].layers["mixer"].mixer
     want = layer.attn.Wqkv.weight.grad.split(32)
     for ours, gradient in zip((local.q, local.k, local.v), want, strict=True):
-        agree("encoder", "transformers ModernBertForMaskedLM", ours.weight.grad, gradient, case="gradients")
+        agree("attention", "transformers ModernBertForMaskedLM", ours.weight.grad, gradient, case="gradients")
 
 
 @pytest.mark.rows("A2")
@@ -154,7 +154,7 @@ def test_a_decoder_reads_its_classes_from_the_last_token(side):
     positions = (valid.cumsum(1) - 1).clamp(min=0)
     wanted = theirs(tokens, attention_mask=valid.long(), position_ids=positions).logits
     got = model(Inputs(tokens, valid=valid), needs=("classes",)).classes
-    agree("encoder", "transformers LlamaForSequenceClassification", got, wanted, case=f"padded {side}")
+    agree("attention", "transformers LlamaForSequenceClassification", got, wanted, case=f"padded {side}")
 
 
 # ------------------------------------------------------------------------------------------- Gemma 3
@@ -183,13 +183,13 @@ def test_gemma_3_both_ways_and_cached_as_theirs(case, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     model, tokens = load_model(tmp_path / "theirs"), texts()[0]
     assert [b.config.positions is None for b in model.stack()] == [False, False, True, False]
-    agree("gemma3", "transformers Gemma3ForCausalLM", model(Inputs(tokens)).logits, theirs(tokens).logits, case=case)
+    agree("attention", "transformers Gemma3ForCausalLM", model(Inputs(tokens)).logits, theirs(tokens).logits, case=case)
     assert save_model(model, tmp_path / "ours") == "gemma3_text"
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
-    agree("gemma3", "transformers Gemma3ForCausalLM", model(Inputs(tokens)).logits, back(tokens).logits, case="back")
+    agree("attention", "transformers Gemma3ForCausalLM", model(Inputs(tokens)).logits, back(tokens).logits, case="back")
     state, parts = model.new_state(2, 14), tokens.split([5, 1, 1, 4, 3], 1)
     cached = torch.cat([model(Inputs(part), state).logits for part in parts], 1)
-    agree("gemma3", "transformers Gemma3ForCausalLM", cached, theirs(tokens).logits, case=f"{case}, cached")
+    agree("attention", "transformers Gemma3ForCausalLM", cached, theirs(tokens).logits, case=f"{case}, cached")
 
 
 @torch.no_grad()
@@ -293,7 +293,7 @@ def test_older_spellings_and_unread_weights_of_real_folders(tmp_path):
     tokens = texts()[0]
     with torch.no_grad():
         wanted = model(tokens).prediction_logits
-        agree("encoder", "transformers BertForPreTraining", load_model(tmp_path)(Inputs(tokens)).logits, wanted)
+        agree("attention", "transformers BertForPreTraining", load_model(tmp_path)(Inputs(tokens)).logits, wanted)
 
 
 @pytest.mark.parametrize("name", ["bert", "modernbert"])
