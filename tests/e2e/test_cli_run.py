@@ -91,7 +91,7 @@ def test_generate_and_chat_answer(place):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_stopped_in_training_it_says_how_to_go_on_and_does(place, tmp_path, number):
-    long = {"steps": 3000, "save_every": 1000, "sample_prompts": [], "valid_every": 3000}
+    long = {"steps": 30_000, "save_every": 10_000, "sample_prompts": [], "valid_every": 30_000}
     write_recipe(tmp_path, train=long, tune=None, eval=None)
     run = tmp_path / "out" / "mine"
     process = start("run", "tiny.yaml", "--no-chat", "--workers", "1", "--out", "out/mine", cwd=tmp_path)
