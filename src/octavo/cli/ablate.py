@@ -18,6 +18,7 @@ from octavo.cli.compare import (
     Seconds,
     Seeds,
     Tokens,
+    budget_of,
     perform,
     with_options,
 )
@@ -55,8 +56,7 @@ def ablate(
         loaded = Recipe.load(recipe)
         if loaded.train is None:
             raise ConfigError(f"recipe {recipe} has no train section", fix="give one that pretrains")
-        given = {k: v for k, v in {"seconds": seconds, "tokens": tokens, "flops": flops}.items() if v is not None}
-        budget = given or {"tokens": loaded.train.steps * loaded.train.step_tokens}
+        budget = budget_of(seconds, tokens, flops) or {"tokens": loaded.train.steps * loaded.train.step_tokens}
         plain = loaded.replace({"tune": None})
         made = ablation(plain, [_field(text) for text in fields], budget=budget)
         perform(with_options(made, data, budget, seeds, pairs, pairs_at_most), out, jobs, (), stop, quiet)

@@ -56,11 +56,19 @@ def compare(
         from octavo.comparing.settings import Comparison
 
         loaded = Comparison.load(comparison, overrides or [])
-        given = {"seconds": seconds, "tokens": tokens, "flops": flops}
-        loaded = with_options(
-            loaded, data, {k: v for k, v in given.items() if v is not None}, seeds, pairs, pairs_at_most
-        )
+        loaded = with_options(loaded, data, budget_of(seconds, tokens, flops), seeds, pairs, pairs_at_most)
         perform(loaded, out, jobs, tuple(only or ()), stop, quiet)
+
+
+def budget_of(seconds: float | None, tokens: int | None, flops: float | None) -> dict[str, Any]:
+    """The one budget that is given; empty if none is."""
+    from octavo.errors import ConfigError
+
+    given = {"seconds": seconds, "tokens": tokens, "flops": flops}
+    found = {name: value for name, value in given.items() if value is not None}
+    if len(found) > 1:
+        raise ConfigError("more than one budget is given", fix="give one of --seconds, --tokens and --flops")
+    return found
 
 
 def with_options(
@@ -72,10 +80,7 @@ def with_options(
     at_most: int | None,
 ) -> Comparison:
     from octavo.comparing.settings import Comparison
-    from octavo.errors import ConfigError
 
-    if len(budget) > 1:
-        raise ConfigError("more than one budget is given", fix="give one of --seconds, --tokens and --flops")
     plain = comparison.model_dump(mode="json")
     if data:
         sources = (plain["base"].get("data") or {}).get("sources") or [{}]
