@@ -85,7 +85,7 @@ def training_seconds(case: Case, length: int, clock: Callable[[], float]) -> flo
     """Forward and backward of the layer alone over one row."""
     mixer, model = case.mixer.train(), case.model
     ctx = place(Inputs(torch.zeros(1, length, dtype=torch.long)))[0]
-    ctx.rotations = {width: scheme.rotation(ctx.positions) for width, scheme in model.rotary.items()}
+    ctx.rotations = {width: scheme.rotation(ctx.positions) for width, scheme in model.rotary[0].items()}
     x = torch.randn(1, length, model.config.d_model, requires_grad=True)
     start = clock()
     y, _ = mixer(x, ctx)
