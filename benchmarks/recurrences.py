@@ -38,7 +38,7 @@ def ours(mixer: dict[str, Any]) -> tuple[nn.Module, Layer]:
     small = {"d_model": D, "n_layers": 1, "vocab_size": 16, "max_seq_len": T, "blocks": blocks}
     model = build(Decoder.Config.model_validate(small))
     ctx = place(Inputs(torch.zeros(1, T, dtype=torch.long)))[0]
-    ctx.rotations = {width: scheme.rotation(ctx.positions) for width, scheme in model.rotary.items()}
+    ctx.rotations = {width: scheme.rotation(ctx.positions) for width, scheme in model.rotary[0].items()}
     layer = model.mixers()["0.mixer"]
     return layer, lambda x: layer(x, ctx)[0]
 
