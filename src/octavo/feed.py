@@ -12,8 +12,18 @@ from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
-from octavo.config import DENOISING, ChatData, FactsData, LabelledData, PairsData, Pretrained, Recipe, TuneConfig
-from octavo.data import chat, check_chat, check_files, denoising, facts, labelled, pairs, prepare, show
+from octavo.config import (
+    DENOISING,
+    ChatData,
+    FactsData,
+    LabelledData,
+    PairsData,
+    Pretrained,
+    Recipe,
+    TaggedData,
+    TuneConfig,
+)
+from octavo.data import chat, check_chat, check_files, denoising, facts, labelled, pairs, prepare, show, tagged
 from octavo.data import check as data_check
 from octavo.data.chat import ChatReport, Conversation
 from octavo.data.check import Documents, Finding, HeldOut
@@ -167,6 +177,11 @@ def _teller(
 
 def _told_of_texts(found: Feed, split: str) -> show.Tell:
     packed = found.source.datasets[0] if split == "train" else found.valid
+    if isinstance(packed, tagged.TaggedRows):
+        given = packed.given
+        return lambda number: show.Told(
+            f"{given[number].source}:{given[number].line}, {tagged.told(given[number].words, given[number].tags)}"
+        )
     assert isinstance(packed, labelled.LabelledRows)
     rows = packed.given
 
@@ -247,7 +262,7 @@ def _check_tokens(recipe: Recipe, folder: Path) -> Iterator[Finding]:
 
 def _check_tuning(recipe: Recipe, folder: Path, limit: int) -> Iterator[Finding]:
     config = recipe.tune
-    if config is None or isinstance(config.data, PairsData | LabelledData):
+    if config is None or isinstance(config.data, PairsData | LabelledData | TaggedData):
         return
     report = ChatReport()
     trained, held_out = conversations(config, recipe.seed, report=report)
@@ -338,6 +353,11 @@ def tuning(recipe: Recipe, tokenizer: Tokenizer, seq_len: int, *, keep: Path | N
     _check_seq_len(recipe, "tune", seq_len)
     if isinstance(config.data, PairsData):
         return _pairs(recipe, config, config.data, tokenizer, seq_len)
+    if isinstance(model_shape(recipe), EncoderDecoder.Config):
+        raise ConfigError(
+            f"an encoder-decoder is tuned on pairs, not on data of kind {config.data.kind}",
+            fix="tune.data={kind: pairs, files: [pairs.jsonl]}",
+        )
     if isinstance(config.data, LabelledData):
         typed = (getattr(model_shape(recipe), "n_token_types", None) or 0) > 1
         rows, kept, names = labelled.prepare(
@@ -346,6 +366,13 @@ def tuning(recipe: Recipe, tokenizer: Tokenizer, seq_len: int, *, keep: Path | N
         told = [f"{rows.cut:,} of {rows.n_rows:,} texts are longer than {seq_len} tokens, and cut"] * bool(rows.cut)
         loader = Loader(rows, rows_of_step(config, seq_len), seed=recipe.seed)
         return Feed(loader, kept, rows.n_tokens, notices=told, classes=names)
+    if isinstance(config.data, TaggedData):
+        words, held_words, names = tagged.prepare(
+            config.data, tokenizer, seq_len, held_out=config.held_out, seed=recipe.seed
+        )
+        told = [f"{words.n_split:,} rows go on with a sentence longer than {seq_len} tokens"] * bool(words.n_split)
+        loader = Loader(words, rows_of_step(config, seq_len), seed=recipe.seed)
+        return Feed(loader, held_words, words.n_trained, notices=told, classes=names)
     report, notices = ChatReport(), list[str]()
     told, kept_back = conversations(config, recipe.seed, keep=keep, report=report)
     samples = chat.tokenise(told, tokenizer, seq_len + 1, report)
@@ -390,7 +417,9 @@ def _pairs(recipe: Recipe, config: TuneConfig, data: PairsData, tokenizer: Token
     valid = rows(split[1]) if split[1] else None
     notices = [f"{source.dropped:,} pairs are longer than the model reads, and left out"] if source.dropped else []
     loader = Loader(source, rows_of_step(config, source.seq_len), seed=recipe.seed)
-    return Feed(loader, valid, source.report().targets, notices=notices, pairs=split[0], held_pairs=split[1])
+    read = [split[0][i] for i in source.numbers]
+    held = [split[1][i] for i in valid.numbers] if valid is not None else []
+    return Feed(loader, valid, source.report().targets, notices=notices, pairs=read, held_pairs=held)
 
 
 def conversations(

@@ -19,22 +19,21 @@ import torch
 
 from octavo import feed
 from octavo.batch import Batch
-from octavo.config import DENOISING, ChatData, LabelledData, PairsData, Pretrained, Recipe, TuneConfig
-from octavo.data import chat, labelled, prepare
+from octavo.config import DENOISING, ChatData, LabelledData, PairsData, Pretrained, Recipe, TaggedData, TuneConfig
+from octavo.data import chat, labelled, pairs, prepare, tagged
 from octavo.data.loader import sweep
 from octavo.data.pack import StreamRows
-from octavo.data.pairs import Pair
 from octavo.data.shards import Shards, write_shards
 from octavo.data.vocabulary import learn
 from octavo.errors import CheckpointError, ConfigError, DataError, StopRequested
 from octavo.eval.answers import Question, greedy
 from octavo.eval.classes import judge, judge_masked
-from octavo.eval.encoders import class_scores, hidden_right
+from octavo.eval.encoders import class_scores, hidden_right, tags_said
 from octavo.eval.metrics import own_scorer
-from octavo.eval.overlap import overlap
+from octavo.eval.pairs import judge_pairs
 from octavo.eval.runner import evaluate, summary
+from octavo.eval.tags import judge_tags
 from octavo.files import make_folder, sha256_file, write_json
-from octavo.infer.generate import generate
 from octavo.infer.sampling import SamplingConfig
 from octavo.language_model import LanguageModel, load
 from octavo.models.cost import cost
@@ -59,8 +58,9 @@ from octavo.vectors import embedding
 
 A = TypeVar("A")
 T = TypeVar("T")
-SCORED_PAIRS, SCORED_ROWS = 500, 50
-ON_DISK = (ChatData, PairsData, LabelledData)  # what is read from files that a finished stage needs no longer
+SCORED_ROWS = 50
+# What is read from files that a finished stage needs no longer.
+ON_DISK = (ChatData, PairsData, LabelledData, TaggedData)
 
 
 @dataclass
@@ -141,7 +141,7 @@ class Pipeline:
         if r.tune is not None:
             told = self._told(r.tune.data) if isinstance(r.tune.data, ON_DISK) else None
             found.append(("tune", self.tune, [r.model.model_dump(mode="json"), _deciding(r.tune), told]))
-        if r.eval is not None and (r.data is not None or self._labelled):
+        if r.eval is not None and (r.data is not None or self._labelled or self._paired):
             found.append(("eval", self.evaluate, r.eval.model_dump(mode="json")))
         found.append(("report", self.report, None))
         return found
@@ -164,13 +164,15 @@ class Pipeline:
             )
         return now
 
-    def _told(self, config: ChatData | PairsData | LabelledData) -> str:
+    def _told(self, config: ChatData | PairsData | LabelledData | TaggedData) -> str:
         """Of the conversations' or pairs' files; a finished stage needs them no longer."""
         try:
             if isinstance(config, PairsData):
                 return config.fingerprint()
             if isinstance(config, LabelledData):
                 return labelled.fingerprint(config)
+            if isinstance(config, TaggedData):
+                return tagged.fingerprint(config)
             return chat.fingerprint(config)
         except DataError as error:
             before = self.folder.stages().get("tune", {}).get("told")
@@ -302,7 +304,9 @@ class Pipeline:
         ready = self.ready("tune")
         rows, steps = ready.rows, ready.trainer.config.steps
         n, noun = (len(rows.pairs), "pairs") if rows.pairs else (len(rows.conversations), "conversations")
-        n, noun = (rows.source.n_rows, "labelled texts") if rows.classes else (n, noun)
+        if rows.classes:
+            of_words = isinstance(rows.source.datasets[0], tagged.TaggedRows)
+            n, noun = rows.source.n_rows, "rows of tagged words" if of_words else "labelled texts"
         self.console.note(
             f"{n:,} {noun}, {rows.tokens:,} trained tokens; {steps:,} steps, "
             f"{steps / rows.source.steps_per_epoch:.2f} passes"
@@ -312,30 +316,11 @@ class Pipeline:
         figures = ready.trainer.fit()
         ready.lm.save(self.folder.model_path)
         if rows.held_pairs:
-            figures |= self._written(ready.lm, rows.held_pairs)
+            pairs.write(self._held_pairs, rows.held_pairs)
         data = self.recipe.tune.data if self.recipe.tune else None
         told = {"told": self._told(data)} if isinstance(data, ON_DISK) else {}
-        return {**told, "conversations": len(rows.conversations), "trained_tokens": rows.tokens, **_finite(figures)}
-
-    def _written(self, lm: LanguageModel, held: Sequence[Pair]) -> dict[str, float]:
-        """What the model writes for sources it has not seen, greedily, against the targets: exact match and chrF."""
-        held = held[:SCORED_PAIRS]
-        longest = max(len(lm.tokenizer.encode(pair.target)) for pair in held) + 8
-        how, texts = SamplingConfig(temperature=0, max_new_tokens=longest), list[str]()
-        for start in range(0, len(held), SCORED_ROWS):
-            self.stop.check("while scoring pairs")
-            part = [lm.prompt_ids(pair.source) for pair in held[start : start + SCORED_ROWS]]
-            texts += [completion.text for completion in generate(lm.model, lm.tokenizer, part, how)]
-        found = overlap(texts, [pair.target for pair in held])
-        low, high = found["interval_95"]
-        self.console.note(
-            f"of {len(held):,} held-out pairs {found['exact_match']:.1%} exact ({low:.1%} to {high:.1%}), "
-            f"chrF {100 * found['chrf']:.1f}"
-        )
-        scores = {"pairs": found, "examples": [{"source": p.source, "target": p.target, "given": text}
-                                              for p, text in zip(held[:20], texts, strict=False)]}  # fmt: skip
-        write_json(self.folder.path / "tune" / "pairs.json", scores)
-        return {name: found[name] for name in ("exact_match", "chrf")}
+        read = {"pairs": len(rows.pairs)} if rows.pairs else {"conversations": len(rows.conversations)}
+        return {**told, **read, "trained_tokens": rows.tokens, **_finite(figures)}
 
     def ready(self, stage: str, folder: Path | None = None) -> Ready:
         """All that the pretraining or the tuning needs, from the files of the run.
@@ -362,8 +347,12 @@ class Pipeline:
         section = "train" if stage == "pretrain" else "tune"
         if rows.classes:
             data = recipe.tune.data if recipe.tune else None
-            assert isinstance(data, LabelledData)
-            shape = with_classes(shape, head_for(shape, rows.classes, data.problem, data.pooling))
+            if isinstance(data, TaggedData):
+                head = head_for(shape, rows.classes, data.problem, over="token")
+            else:
+                assert isinstance(data, LabelledData)
+                head = head_for(shape, rows.classes, data.problem, data.pooling)
+            shape = with_classes(shape, head)
         if tight := require(shape, config, config.precision, rows.source.rows, section):
             self.console.warn(tight)
         model = start()
@@ -424,32 +413,59 @@ class Pipeline:
         return self.recipe.train is not None and self.recipe.train.objective.kind == "masked"
 
     @property
+    def _mended(self) -> bool:
+        return self.recipe.train is not None and self.recipe.train.objective.kind in DENOISING
+
+    @property
+    def _paired(self) -> bool:
+        return self.recipe.tune is not None and isinstance(self.recipe.tune.data, PairsData)
+
+    @property
+    def _held_pairs(self) -> Path:
+        return self.folder.path / "tune" / "data" / "held_pairs.jsonl"
+
+    @property
     def _labelled(self) -> bool:
-        return self.recipe.tune is not None and isinstance(self.recipe.tune.data, LabelledData)
+        return self.recipe.tune is not None and isinstance(self.recipe.tune.data, LabelledData | TaggedData)
 
     def _judged(self, stage: str) -> dict[str, Any]:
-        """Figures of held-out rows by the model of a stage: classes said, or hidden tokens foretold."""
+        """Figures of held-out rows by the model of a stage: classes said, or hidden or damaged tokens foretold."""
         folder = self.folder.model_path if stage == "tune" or not self.recipe.tune else self.folder.base_path
         final, found = load(folder), feed.of_stage(self.recipe, self.folder.path, stage)
         if found.valid is None:
             return {}
         batches = (Batch.from_numpy(part) for part in self._stoppable(sweep(found.valid, SCORED_ROWS), "in stage eval"))
         if stage == "pretrain":
-            return {"masked": judge_masked(hidden_right(final.model, batch) for batch in batches)}
+            right = judge_masked(hidden_right(final.model, batch) for batch in batches)
+            return {"masked" if self._masked else "mended": right}
+        if isinstance(found.valid, tagged.TaggedRows):
+            said = [row for batch in batches for row in tags_said(final.model, batch)]
+            return {"tags": judge_tags(*found.valid.joined(said), found.classes)}
         parts = [(batch.extra["labels"], class_scores(final.model, batch)) for batch in batches]
         given, scores = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
         head = final.network.config.classes
         assert head is not None
         return {"classes": judge(given, scores, found.classes, head.problem)}
 
+    def _judged_pairs(self) -> dict[str, Any]:
+        """Figures of what the model writes for the sources that were held out."""
+        if not self._held_pairs.is_file():
+            return {}
+        held = pairs.read(pairs.PairsConfig(files=(str(self._held_pairs),)))
+        sources, targets = [pair.source for pair in held], [pair.target for pair in held]
+        return {
+            "pairs": judge_pairs(load(self.folder.path), sources, targets, lambda: self.stop.check("in stage eval"))
+        }
+
     def evaluate(self) -> dict[str, Any]:
-        """Bits per byte next to the n-gram baseline, and answers to held-out questions; hidden tokens; classes."""
+        """Bits per byte next to n-grams, and answers to held-out questions; hidden tokens; classes; pairs."""
         recipe, config = self.recipe, self.recipe.eval
         if config is None:
             return {}
-        judged = self._judged("pretrain") if self._masked else {}
+        judged = self._judged("pretrain") if self._masked or self._mended else {}
         judged |= self._judged("tune") if self._labelled else {}
-        if self._masked or (self._labelled and recipe.data is None):
+        judged |= self._judged_pairs() if self._paired else {}
+        if self._masked or self._mended or self._paired or (self._labelled and recipe.data is None):
             about = {"parameters": cost(load(self.folder.path).network).parameters, "run": recipe.name}
             result = {"about": about, **judged, "config": config.model_dump(mode="json")}
             write_json(self.folder.path / "scores.json", result)

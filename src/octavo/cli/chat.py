@@ -91,6 +91,13 @@ def converse(
     Raises:
         ConfigError: the model has no chat template; in a script also a conversation that has become too long.
     """
+    from octavo.models.encoder_decoder import EncoderDecoder
+
+    if isinstance(model, EncoderDecoder):
+        raise ConfigError(
+            f"{name or 'this model'} is an encoder-decoder: it writes for one text and holds no conversation",
+            fix=f'octavo generate {name or "MODEL"} "a source"',
+        )
     if tokenizer.chat_template is None:
         raise ConfigError(
             f"{name or 'this model'} has no chat template",

@@ -29,6 +29,10 @@ def evaluate(
     questions: Annotated[
         Path | None, typer.Option(help="JSON lines of `messages` and `answer`, asked of a chat model.")
     ] = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(help="A .jsonl or .tsv of sources and targets, for an encoder-decoder. Default: what was kept."),
+    ] = None,
     max_bytes: Annotated[int, typer.Option(min=1, help="Score documents until this many bytes.")] = 1_000_000,
     stride: Annotated[
         int | None, typer.Option(min=1, help="Tokens a window advances by on long documents. Default: half a context.")
@@ -37,15 +41,22 @@ def evaluate(
 ) -> None:
     """Score a model on held-out text: bits per byte, perplexity and accuracy, next to Kneser-Ney n-grams.
 
+    An encoder-decoder is scored by what it writes for sources: exact match and chrF.
+
     Example: [bold]octavo eval runs/quickstart[/bold]   ·   [bold]octavo eval my-model --data book.txt[/bold]
     """
     from octavo.eval import answers, metrics, runner
     from octavo.files import make_folder
     from octavo.language_model import load
+    from octavo.models.encoder_decoder import EncoderDecoder
     from octavo.run import find_model
     from octavo.training.progress import Console
 
     find_model(model, files=True)
+    kept = model / "tune" / "data" / "held_pairs.jsonl"
+    if pairs is not None or (data is None and kept.is_file()):
+        score_pairs(model, pairs or kept, out)
+        return
     shards = model / "data"
     held_out = data or (shards / "valid" if (shards / "valid").is_dir() else None)
     counted = train or (shards / "train" if (shards / "train").is_dir() else None)
@@ -56,6 +67,8 @@ def evaluate(
     if out is not None:
         make_folder(out.parent)
     lm = load(model)
+    if isinstance(lm.model, EncoderDecoder):
+        raise ConfigError(f"{model} is an encoder-decoder: it is scored on pairs", fix="give some with --pairs PATH")
     console = Console()
     documents = open_documents(held_out, lm.tokenizer)
     result = runner.evaluate(
@@ -74,6 +87,32 @@ def evaluate(
         out=out,
     )
     console.summary(runner.summary(result))
+
+
+def score_pairs(model: Path, file: Path, out: Path | None) -> None:
+    """What an encoder-decoder writes for the sources in a file, against the targets.
+
+    Raises:
+        ConfigError: another kind of model. DataError: a file that holds no pairs.
+    """
+    from octavo.data.pairs import PairsConfig, read
+    from octavo.eval import runner
+    from octavo.eval.pairs import judge_pairs
+    from octavo.files import make_folder, write_json
+    from octavo.language_model import load
+    from octavo.models.encoder_decoder import EncoderDecoder
+    from octavo.training.progress import Console
+
+    held = read(PairsConfig(files=(str(file),)))
+    if out is not None:
+        make_folder(out.parent)
+    lm = load(model)
+    if not isinstance(lm.model, EncoderDecoder):
+        raise ConfigError(f"{model} is no encoder-decoder: pairs say nothing of it", fix="give text with --data PATH")
+    result = {"pairs": judge_pairs(lm, [pair.source for pair in held], [pair.target for pair in held])}
+    if out is not None:
+        write_json(out, {"about": {"model": str(model), "pairs": str(file)}, **result})
+    Console().summary(runner.summary(result))
 
 
 def open_documents(path: Path, tokenizer: Any) -> Shards | Encoded:

@@ -70,8 +70,8 @@ def run(
     Stopped at any moment, the same command goes on where it was.
     """
     folder = perform(recipe, overrides, out, max_time, allow_change, workers, quiet)
-    show_next(folder)
-    if chat and sys.stdin.isatty() and sys.stdout.isatty() and (folder / "tune").is_dir():
+    command = show_next(folder)
+    if chat and sys.stdin.isatty() and sys.stdout.isatty() and command.startswith("octavo chat"):
         import octavo
         from octavo.cli.chat import converse
         from octavo.infer.sampling import SamplingConfig
@@ -80,12 +80,15 @@ def run(
         converse(lm.model, lm.tokenizer, SamplingConfig(temperature=0.0), name=folder.name)
 
 
-def show_next(folder: Path) -> None:
-    """What can be done with a finished run."""
+def show_next(folder: Path) -> str:
+    """Tell what can be done with a finished run; returns the command that it is tried with."""
+    from octavo.report.folder import Run
+    from octavo.report.next_step import try_command
+
     report = folder / "report.html"
     typer.echo(f"\nmodel   {folder / ('model' if (folder / 'model').is_dir() else 'base')}")
     if report.is_file():
         typer.echo(f"report  {report}")
-    verb = "chat" if (folder / "tune").is_dir() else "generate"
-    prompt = "" if verb == "chat" else ' "Once"'
-    typer.echo(f"try     octavo {verb} {folder}{prompt}")
+    command = try_command(Run(folder))
+    typer.echo(f"try     {command}")
+    return command

@@ -58,9 +58,15 @@ def serve(
     )
     with bind(config) as sock:
         import octavo
+        from octavo.models.encoder_decoder import EncoderDecoder
         from octavo.serve.app import create_app
 
         lm: Any = octavo.load(model)
+        if isinstance(lm.model, EncoderDecoder):
+            raise ConfigError(
+                f"{model} is an encoder-decoder, and what is served are conversations and continued texts",
+                fix=f'octavo generate {model} "a source"',
+            )
         served = name or model.resolve().name
         application = create_app(lm.model, lm.tokenizer, served, config, looking_up(store, passages))
         announce(served, sock, config)

@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from octavo.data.made_pairs import MADE
 from octavo.data.pack import Batch, Packed, PackReport, Piece
 from octavo.errors import DataError
+from octavo.files import make_folder, write_atomic
 from octavo.schema import Config
 
 Array = np.ndarray[Any, Any]
@@ -86,6 +87,13 @@ def read(config: PairsConfig, seed: int = 0) -> list[Pair]:
     if not found:
         raise DataError(f"there is no pair in {', '.join(config.files)}", fix="give some")
     return found
+
+
+def write(path: Path, some: Iterable[Pair]) -> None:
+    """A file of pairs that ``read`` reads."""
+    lines = (json.dumps({"source": p.source, "target": p.target}, ensure_ascii=False) + "\n" for p in some)
+    make_folder(path.parent)
+    write_atomic(path, "".join(lines))
 
 
 def _pair(line: str, where: str, suffix: str, config: PairsConfig) -> Pair:

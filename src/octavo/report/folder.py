@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from octavo.tokenizer import Tokenizer
 
 TRAINING = ("pretrain", "tune")
+SCORED = ("pairs", "labelled", "tagged")  # kinds of tuning data that are scored by themselves, without held-out text
+MENDING = ("spans", "infilling")
 
 
 def dig(value: Any, *path: str | int) -> Any:
@@ -63,10 +65,23 @@ class Run:
         """The stages that the recipe asks for, in order, without the report itself."""
         sections = (("data", "data"), ("train", "pretrain"), ("tune", "tune"), ("eval", "eval"))
         names = [stage for section, stage in sections if self.recipe.get(section)]
+        if not self.recipe.get("data") and self.told not in SCORED:
+            names = [name for name in names if name != "eval"]
         names.insert(1 if "data" in names else 0, "tokenizer")
         if self.counted:
             names.insert(names.index("tokenizer") + 1, "count")
         return names if self.recipe else [name for name in self.stages if name != "report"]
+
+    @property
+    def told(self) -> str | None:
+        """The kind of data that the model is tuned on."""
+        kind = dig(self.recipe, "tune", "data", "kind")
+        return kind if isinstance(kind, str) else None
+
+    @property
+    def writes_for_sources(self) -> bool:
+        """Whether the model is an encoder-decoder, which writes a text for a text and continues none."""
+        return self.told == "pairs" or dig(self.recipe, "train", "objective", "kind") in MENDING
 
     @property
     def counted(self) -> bool:

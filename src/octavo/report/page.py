@@ -12,6 +12,7 @@ from octavo.report import html, plots, sections, words
 from octavo.report.folder import TRAINING, Run, dig
 from octavo.report.html import Html, tag
 from octavo.report.metrics import number
+from octavo.report.next_step import try_command
 
 STYLE = Path(__file__).with_name("style.css")
 NO_BREAK = "\u2011"  # a hyphen that keeps "6-gram" on one line
@@ -98,6 +99,16 @@ def facts(run: Run) -> list[tuple[str, str, str]]:
     if bits is not None:
         against = ", ".join(f"{name} {value:.3f}" for name, value in run.baselines().items())
         found.append(("bits per byte", f"{bits:.3f}", against or "held-out text; lower is better"))
+    for name, said in (("masked", "hidden tokens right"), ("mended", "mending tokens right")):
+        share, n = (number(dig(run.scores, name, key)) for key in ("accuracy", "tokens"))
+        if share is not None:
+            found.append((said, words.percent(share, 1), "" if n is None else f"of {words.exact(int(n))} held out"))
+    written, chrf = (number(dig(run.scores, "pairs", key)) for key in ("exact_match", "chrf"))
+    if written is not None:
+        interval = sections.interval(dig(run.scores, "pairs"))
+        found.append(("pairs right", words.percent(written, 1), f"95% interval {interval}" if interval else ""))
+    if chrf is not None:
+        found.append(("chrF", f"{100 * chrf:.1f}", "letters shared with the targets, of 100"))
     right = number(dig(run.scores, "answers", "exact_match"))
     if right is not None:
         majority = number(dig(run.scores, "answers", "majority_exact_match"))
@@ -130,7 +141,8 @@ def _sentence(run: Run) -> Html | None:
     if run.parameters is None:
         return None
     how = ["pretrained from raw text"] if "pretrain" in run.stages else []
-    how += ["tuned on conversations"] if "tune" in run.stages else []
+    what = {"pairs": "trained on pairs of texts", "labelled": "tuned on labelled texts", "tagged": "tuned on tagged words"}
+    how += [what.get(run.told or "", "tuned on conversations")] if "tune" in run.stages else []
     cpus, processor = number(run.environment.get("cpus")), run.environment.get("cpu")
     where = ""
     if cpus is not None and not run.environment.get("gpus"):
@@ -164,11 +176,16 @@ def _go_on(run: Run) -> Html:
     if _open_stages(run):
         commands.append((f"octavo resume {where}", "go on exactly where it stopped"))
     if run.model_path is not None:
-        if "tune" in run.stages:
-            commands.append((f"octavo chat {where}", "talk to it in the terminal"))
-        commands.append((f'octavo generate {where} "Once"', "let it continue a text"))
-        commands.append((f"octavo serve {where}", "a web page for chat, and an OpenAI-compatible address"))
-        if not run.counted:
+        if run.writes_for_sources:
+            commands.append((try_command(run), "what it writes for a source"))
+            if run.told == "pairs":
+                commands.append((f"octavo eval {where} --pairs more.jsonl", "score it on other pairs"))
+        else:
+            if "tune" in run.stages:
+                commands.append((f"octavo chat {where}", "talk to it in the terminal"))
+            commands.append((f'octavo generate {where} "Once"', "let it continue a text"))
+            commands.append((f"octavo serve {where}", "a web page for chat, and an OpenAI-compatible address"))
+        if not run.counted and not run.writes_for_sources:
             commands.append((f"octavo tune {where} --data pairs.jsonl", "teach it your own questions and answers"))
     if not commands:
         return Html("")

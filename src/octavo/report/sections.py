@@ -16,7 +16,7 @@ STAGE_WORK = {
     "data": "read, clean and split the text",
     "tokenizer": "learn the vocabulary, turn text into tokens",
     "count": "count what follows what",
-    "pretrain": "learn to continue text",
+    "pretrain": "learn from raw text",
     "tune": "learn to answer",
     "eval": "score on text and questions it never saw",
 }
@@ -29,6 +29,8 @@ PIECES = 24
 def answers(run: Run) -> Html:
     """Questions, what the model said, and whether it was right."""
     examples = objects(dig(run.scores, "answers", "examples"))
+    written = objects(dig(run.scores, "pairs", "examples"))
+    examples += [{**pair, "question": pair.get("source"), "answer": pair.get("target", "")} for pair in written]
     turns = []
     for example in examples:
         right = example.get("right") is True
@@ -45,7 +47,9 @@ def answers(run: Run) -> Html:
             )
         )
     asked = number(dig(run.scores, "answers", "questions"))
+    asked = number(dig(run.scores, "pairs", "pairs")) if written else asked
     lead = "Questions in words it was not tuned on, answered greedily."
+    lead = "Sources it has not seen, and what it wrote for them greedily." if written else lead
     if asked is not None:
         lead += f" The first {len(turns)} of {words.exact(int(asked))} asked, not a selection."
     return section("Answers", tag("div", *turns, class_="chat") if turns else Html(""), lead=lead)
