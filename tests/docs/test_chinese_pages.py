@@ -3,6 +3,7 @@
 import os
 import re
 from collections import Counter
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -62,8 +63,8 @@ def code_problems(english: str, chinese: str) -> list[str]:
     found = []
     for number, (block, wanted) in enumerate(zip(ours, theirs, strict=False), 1):
         if block != wanted:
-            both = zip([block[0], *block[1].splitlines(), ""], [wanted[0], *wanted[1].splitlines(), ""], strict=False)
-            line, other = next((a, b) for a, b in both if a != b)
+            sides = ([language, *code.split("\n")[:-1], "(its end)"] for language, code in (block, wanted))
+            line, other = next((a, b) for a, b in zip_longest(*sides) if a != b)
             found.append(f"code block {number} of {len(theirs)}: has {line!r} where the English page has {other!r}")
     if len(ours) != len(theirs):
         found.append(f"{len(ours)} code blocks, the English page has {len(theirs)}")
@@ -206,7 +207,8 @@ octavo two
             "code block 1 of 1: has 'octavo three' where the English page has 'octavo two'",
         ),
         ("```sh\n", "```text\n", "code block 1 of 1: has 'text' where the English page has 'sh'"),
-        ("octavo two\n", "", "code block 1 of 1: has '' where the English page has 'octavo two'"),
+        ("octavo two\n", "", "code block 1 of 1: has '(its end)' where the English page has 'octavo two'"),
+        ("octavo two\n", "octavo two\n\n", "code block 1 of 1: has '' where the English page has '(its end)'"),
         ("## 大小", "### 大小", "headings are # ###, on the English page # ##"),
         ("8 MiB", "4 MiB", "section '## 大小' (English '## Sizes'): table 1 lacks 8; has besides 4"),
         ("5%", "5", "section '# 文本' (English '# Text'): text lacks 5%; has besides 5"),
