@@ -8,12 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from octavo.nn.contracts import Inputs, Outputs
-
-
-class ScriptState:
-    def __init__(self, rows: int):
-        self.lengths = torch.zeros(rows, dtype=torch.long)
-        self.known = [0] * rows
+from octavo.nn.state import ContiguousState, State, StateField, StateSpec
 
 
 class Scripted:
@@ -37,28 +32,30 @@ class Scripted:
         self.delay_seconds, self.fail_after = delay_seconds, fail_after
         self.n_passes = 0
 
-    def state_specs(self) -> dict:
-        return {}
+    def state_specs(self) -> dict[str, StateSpec]:
+        return {"script": {"known": StateField("row", (), torch.long)}}
 
-    def new_state(self, rows: int, max_tokens: int | None = None) -> ScriptState:
-        return ScriptState(rows)
+    def new_state(self, rows: int, max_tokens: int | None = None) -> ContiguousState:
+        return ContiguousState(self.state_specs(), rows, max_tokens or self.max_seq_len, torch.float32)
 
-    def __call__(
-        self, inputs: Inputs, state: ScriptState | None = None, needs: tuple[str, ...] = ("logits",)
-    ) -> Outputs:
+    def __call__(self, inputs: Inputs, state: State | None = None, needs: tuple[str, ...] = ("logits",)) -> Outputs:
         self.n_passes += 1
         time.sleep(self.delay_seconds)
         B, T = inputs.tokens.shape
         valid = inputs.valid if inputs.valid is not None else torch.ones(B, T, dtype=torch.bool)
-        known = state.known if state is not None else [0] * B
+        layer = None
+        if state is not None:
+            state.begin(inputs)
+            layer = state.layer("script")
+        known = layer.read("known").tolist() if layer is not None else [0] * B
         logits = torch.full((B, T, self.vocab_size), -30.0)
         for row in range(B):
             for t in range(T):
                 if valid[row, t]:
                     known[row] = self._after(known[row], int(inputs.tokens[row, t]))
                     logits[row, t, self.reply[known[row]]] = 30.0
-        if state is not None:
-            state.lengths += valid.sum(1)
+        if layer is not None:
+            layer.write(known=torch.tensor(known))
         return Outputs(logits=logits)
 
     def _after(self, known: int, token: int) -> int:

@@ -16,7 +16,10 @@ from pydantic import Field
 from torch import Tensor
 
 from octavo.errors import ConfigError
-from octavo.infer.generate import FinishReason, Window, check_prompts, evaluating
+from octavo.infer.engine import check_prompts
+from octavo.infer.generate import evaluating
+from octavo.infer.text import FinishReason
+from octavo.infer.window import Window
 from octavo.models.encoder_decoder import EncoderDecoder
 from octavo.schema import Config
 

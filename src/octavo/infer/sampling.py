@@ -122,15 +122,22 @@ def add_bias(logits: Tensor, bias: Mapping[int, float]) -> Tensor:
     return logits
 
 
-def shape(
+def with_penalties(
     logits: Tensor, config: SamplingConfig, prompts: Sequence[Sequence[int]], produced: Sequence[Sequence[int]]
 ) -> Tensor:
-    """All of the above in order: logits (B, V) -> logits (B, V) whose softmax is drawn from."""
+    """What comes before the temperature: penalties and bias."""
     if config.repetition_penalty != 1:
         seen = [[*prompt, *ids] for prompt, ids in zip(prompts, produced, strict=True)]
         logits = penalise_repetition(logits, seen, config.repetition_penalty)
     logits = penalise_produced(logits, produced, config.presence_penalty, config.frequency_penalty)
-    logits = with_temperature(add_bias(logits, config.logit_bias), config.temperature)
+    return add_bias(logits, config.logit_bias)
+
+
+def shape(
+    logits: Tensor, config: SamplingConfig, prompts: Sequence[Sequence[int]], produced: Sequence[Sequence[int]]
+) -> Tensor:
+    """All of the above in order: logits (B, V) -> logits (B, V) whose softmax is drawn from."""
+    logits = with_temperature(with_penalties(logits, config, prompts, produced), config.temperature)
     return keep_min_p(keep_top_p(keep_top_k(logits, config.top_k), config.top_p), config.min_p)
 
 
@@ -148,26 +155,50 @@ def draw(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     cumulative = logits.double().softmax(-1).cumsum(-1)
     total = cumulative[:, -1]
     if not bool((total > 0).all()):  # a NaN fails this too
-        row = int((~(total > 0)).nonzero()[0])
-        raise NumericError(
-            f"row {row} has no token with a finite logit", fix="check the weights: the model's output is not a number"
-        )
+        raise _nothing(int((~(total > 0)).nonzero()[0]))
     uniform = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
     threshold = uniform.to(total.device) * total
     return torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0]
 
 
-def generators(config: SamplingConfig, rows: int) -> list[torch.Generator]:
-    """One random stream per row: seed + row, or fresh entropy without a seed."""
+def choose(
+    logits: Tensor,
+    config: SamplingConfig,
+    prompts: Sequence[Sequence[int]],
+    produced: Sequence[Sequence[int]],
+    streams: Sequence[torch.Generator],
+) -> list[int]:
+    """The next token of each row: logits (B, V) shaped by ``config``, then drawn; the best one at temperature 0.
+
+    Raises:
+        NumericError: as ``draw``.
+    """
     import torch
 
-    streams = [torch.Generator() for _ in range(rows)]
-    for row, stream in enumerate(streams):
-        if config.seed is None:
-            stream.seed()
-        else:
-            stream.manual_seed((config.seed + row) % 2**63)
-    return streams
+    if config.temperature >= GREEDY_BELOW:
+        return draw(shape(logits, config, prompts, produced), streams).tolist()
+    best, tokens = with_penalties(logits, config, prompts, produced).max(-1)
+    if not bool(torch.isfinite(best).all()):  # max gives NaN where there is one
+        raise _nothing(int((~torch.isfinite(best)).nonzero()[0]))
+    return tokens.tolist()
+
+
+def generator(config: SamplingConfig, row: int) -> torch.Generator:
+    """The random stream of a row: seed + row, or fresh entropy without a seed."""
+    import torch
+
+    stream = torch.Generator()
+    if config.seed is None:
+        stream.seed()
+    else:
+        stream.manual_seed((config.seed + row) % 2**63)
+    return stream
+
+
+def _nothing(row: int) -> NumericError:
+    return NumericError(
+        f"row {row} has no token with a finite logit", fix="check the weights: the model's output is not a number"
+    )
 
 
 def _index(row: Tensor, ids: Sequence[int]) -> Tensor:

@@ -146,6 +146,37 @@ def _full(max_tokens: int, needed: int) -> ResourceError:
     )
 
 
+def ring_marks(spec: StateSpec, rows: int, max_tokens: int, device: torch.device | str) -> dict[str, Tensor]:
+    """Which slot each entry of a mixer's rings holds, and its document; nothing where it has no ring."""
+    lengths = {field.length or 0 for field in spec.values() if field.kind == "ring"}
+    if not lengths:
+        return {}
+    (length,) = lengths
+    marks = torch.full((rows, min(length, max_tokens) + 1), -1, dtype=torch.long, device=device)
+    return {"_slots": marks, "_docs": marks.clone()}
+
+
+def append_to_ring(
+    buffers: dict[str, Tensor], rows: Tensor, ctx: Context, lengths: Tensor, new: dict[str, Tensor]
+) -> tuple[Keys, dict[str, Tensor]]:
+    """Store new tokens (B, T, ...) in the rings of ``rows`` (B, 1) of ``buffers``: what ``LayerState.append`` gives.
+
+    lengths (B,): tokens each row has seen, these included. The last entry of a ring takes what is not kept.
+    """
+    length = buffers["_slots"].shape[1] - 1
+    everything = torch.arange(length, device=rows.device)
+    old = {name: buffers[name][rows, everything] for name in (*new, "_slots", "_docs")}
+    slots = torch.cat([old["_slots"], torch.where(ctx.valid, ctx.slots, -1)], 1)
+    keys = Keys(slots, torch.cat([old["_docs"], ctx.doc_ids], 1))
+    out = {name: torch.cat([old[name], value.to(old[name].dtype)], 1) for name, value in new.items()}
+    # Of more new tokens than the ring holds only the last may be written: two writes to one entry have no order.
+    last = lengths[:, None] - length
+    target = torch.where(ctx.valid & (ctx.slots >= last), ctx.slots % max(length, 1), length)
+    for name, value in [*new.items(), ("_slots", ctx.slots), ("_docs", ctx.doc_ids)]:
+        buffers[name][rows, target] = value.to(buffers[name].dtype)
+    return keys, out
+
+
 class ContiguousState(State):
     """Every field in one buffer: (B, max_tokens + 1, ...) for tokens, (B, length + 1, ...) for rings.
 
@@ -270,35 +301,17 @@ class _ContiguousLayer(LayerState):
                 entries = (min(length, owner.max_tokens) + 1,) if field.kind == "ring" else (length,)
             shape = (rows, *entries, *field.shape)
             self.buffers[name] = torch.zeros(shape, dtype=field.dtype or dtype, device=device)
-        rings = {field.length for field in spec.values() if field.kind == "ring"}
-        if rings:  # which slot each ring entry holds, and its document
-            (length,) = rings
-            entries = min(length or 0, owner.max_tokens) + 1
-            self.buffers["_slots"] = torch.full((rows, entries), -1, dtype=torch.long, device=device)
-            self.buffers["_docs"] = torch.full_like(self.buffers["_slots"], -1)
+        self.buffers |= ring_marks(spec, rows, owner.max_tokens, device)
 
     def append(self, ctx: Context, **new: Tensor) -> tuple[Keys, dict[str, Tensor]]:
         kinds = {self.spec[name].kind for name in new}
+        rows = torch.arange(ctx.slots.shape[0], device=ctx.slots.device)[:, None]
         if kinds == {"ring"}:
-            return self._append_ring(ctx, new)
+            return append_to_ring(self.buffers, rows, ctx, self.owner.lengths, new)
         slots = torch.where(ctx.valid, ctx.slots, self.owner.max_tokens)
-        rows = torch.arange(slots.shape[0], device=slots.device)[:, None]
         for name, value in new.items():
             self.buffers[name][rows, slots] = value.to(self.buffers[name].dtype)
         return ctx.keys, {name: self.buffers[name][:, : self.owner.used] for name in new}
-
-    def _append_ring(self, ctx: Context, new: dict[str, Tensor]) -> tuple[Keys, dict[str, Tensor]]:
-        length = self.buffers["_slots"].shape[1] - 1
-        old = self.buffers["_slots"][:, :length], self.buffers["_docs"][:, :length]
-        keys = Keys(torch.cat([old[0], torch.where(ctx.valid, ctx.slots, -1)], 1), torch.cat([old[1], ctx.doc_ids], 1))
-        out = {n: torch.cat([self.buffers[n][:, :length], v.to(self.buffers[n].dtype)], 1) for n, v in new.items()}
-        # Of more new tokens than the ring holds only the last may be written: two writes to one entry have no order.
-        last = self.owner.lengths[:, None] - length
-        target = torch.where(ctx.valid & (ctx.slots >= last), ctx.slots % max(length, 1), length)
-        rows = torch.arange(target.shape[0], device=target.device)[:, None]
-        for name, value in [*new.items(), ("_slots", ctx.slots), ("_docs", ctx.doc_ids)]:
-            self.buffers[name][rows, target] = value.to(self.buffers[name].dtype)
-        return keys, out
 
     def read(self, name: str) -> Tensor:
         return self.buffers[name]

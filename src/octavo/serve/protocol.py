@@ -13,7 +13,7 @@ from octavo.errors import did_you_mean
 from octavo.serve.refusal import ApiError, param_name
 
 if TYPE_CHECKING:
-    from octavo.infer.generate import TokenScore
+    from octavo.infer.text import TokenScore
     from octavo.tokenizer import Tokenizer
 
 MAX_ROWS = 8

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from octavo.serve.refusal import ApiError
 
 if TYPE_CHECKING:
-    from octavo.infer.generate import Piece
+    from octavo.infer.text import Piece
     from octavo.infer.sampling import SamplingConfig
     from octavo.tokenizer import Tokenizer
 

@@ -1,0 +1,364 @@
+"""The engine: many requests decoded together on one pool of memory, a step at a time.
+
+A step is one pass of the model (or a few) over the next token of every running text and over parts of waiting prompts;
+it returns what became certain. Nothing runs between steps: a request is added or cancelled there.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from octavo.errors import ConfigError, NumericError, ResourceError
+from octavo.infer.blocks import Blocks
+from octavo.infer.executors import Executor, PassFailed, PlainExecutor
+from octavo.infer.memory import Pool, bytes_of
+from octavo.infer.sampling import SamplingConfig, choose, generator
+from octavo.infer.scheduler import Plan, Scheduler, Work
+from octavo.infer.scheduler import Sequence as Text
+from octavo.infer.text import CertainText, Piece, TokenScore
+from octavo.models.encoder_decoder import EncoderDecoder
+from octavo.nn.contracts import Memory
+from octavo.schema import Config
+
+if TYPE_CHECKING:
+    from octavo.tokenizer import Tokenizer
+
+OnFull = Literal["crop", "stop"]
+
+
+class EngineConfig(Config):
+    """How much is decoded together."""
+
+    max_sequences: int = Field(default=64, ge=1, description="Texts that have a state at once.")
+    max_tokens: int | None = Field(
+        default=None, ge=1, description="Tokens of state of all texts together. Default: their contexts, if they fit."
+    )
+    block_size: int = Field(default=16, ge=1, description="Tokens of a block of memory.")
+    step_tokens: int = Field(default=512, ge=1, description="Tokens read in a step at most; never less than a chunk.")
+    chunk: int = Field(default=256, ge=1, description="Tokens of one prompt read in a step at most.")
+    share_prefixes: bool = Field(default=True, description="Texts that begin alike share their memory.")
+    deterministic: bool = Field(default=False, description="Every answer is bit for bit the one it would be alone.")
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt and the texts wanted for it.
+
+    Args:
+        prompt: token ids; of an encoder-decoder, the source.
+        n: texts to produce; text i draws from the stream ``config.seed + first_stream + i``.
+        stop_ids: tokens that end a text.
+        on_full: at ``max_seq_len`` tokens, ``stop`` ends a text; ``crop`` keeps the last ones and reads them anew for
+            every token (the textbook loop of GPT-2; a state cannot help, as every position moves).
+        n_top: with a number, every piece carries its log-probability and those of the ``n_top`` best tokens.
+        priority: smaller goes first; of equals the earlier.
+        within: prompts share memory only with prompts of the same.
+    """
+
+    prompt: Sequence[int]
+    config: SamplingConfig = field(default_factory=SamplingConfig)
+    n: int = 1
+    stop_ids: Collection[int] = ()
+    on_full: OnFull = "stop"
+    n_top: int | None = None
+    priority: int = 0
+    first_stream: int = 0
+    within: Hashable = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The model failed on a request; nothing more comes of it."""
+
+    error: Exception
+
+
+Event = tuple[Request, Piece | Failure]
+
+
+@dataclass(eq=False)
+class _Row:
+    """A text of a request while it is decoded."""
+
+    request: Request
+    index: int
+    text: CertainText
+    stream: torch.Generator
+    sequence: Text
+    followers: list[_Row] = field(default_factory=list)
+
+    @property
+    def produced(self) -> list[int]:
+        return self.sequence.tokens[self.sequence.n_prompt :]
+
+
+class Engine:
+    """Requests in, pieces out.
+
+    Args:
+        model: a predictor (``nn.contracts.Predictor``), not training.
+        executor: makes what runs the model on a pool; by default the fastest that can.
+
+    Raises:
+        ResourceError: the pool does not fit into memory.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Tokenizer,
+        config: EngineConfig | None = None,
+        executor: Callable[[Any, Pool], Executor] | None = None,
+    ):
+        self.model, self.tokenizer, self.config = model, tokenizer, config or EngineConfig()
+        self.n_tokens = min(model.vocab_size, tokenizer.vocab_size)  # rows that pad the embedding are not text
+        config, specs, dtype, device = self.config, model.state_specs(), *_kind_of(model)
+        limit = model.max_seq_len
+        token_bytes, _ = bytes_of(specs, dtype, limit)
+        size = min(config.block_size, limit)
+        capacity = config.max_tokens or config.max_sequences * limit
+        self.n_blocks = -(-capacity // size) if token_bytes else 0
+        try:
+            self.pool = Pool(
+                specs, n_blocks=self.n_blocks, block_size=size, n_slots=config.max_sequences, max_tokens=limit,
+                dtype=dtype, device=device,
+            )  # fmt: skip
+        except RuntimeError:  # torch's own error of memory
+            wanted = self.n_blocks * size * token_bytes
+            raise ResourceError(
+                f"a decode state of {capacity:,} tokens takes {wanted / 2**30:.1f} GiB, which there is not",
+                fix="lower max_tokens or max_sequences of the engine",
+            ) from None
+        self.blocks = Blocks(self.n_blocks, size) if self.n_blocks else None
+        self.scheduler = Scheduler(
+            self.blocks, config.max_sequences, step_tokens=max(config.step_tokens, config.chunk), chunk=config.chunk,
+            share=config.share_prefixes and self.pool.only_tokens, deterministic=config.deterministic,
+        )  # fmt: skip
+        self.executor = executor(model, self.pool) if executor else self._plain()
+        self.rows: dict[int, _Row] = {}
+        self._order = itertools.count()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step has anything to do."""
+        return bool(self.rows)
+
+    def add(self, request: Request) -> None:
+        """Take a request; its pieces come out of ``step``.
+
+        Raises:
+            ConfigError: an empty prompt, an id outside the vocabulary, or a prompt too long for ``stop``.
+            ResourceError: it could not be held even alone.
+        """
+        check_prompts(self.model, [request.prompt], request.on_full)
+        for token in request.config.logit_bias:
+            if not 0 <= token < self.n_tokens:
+                raise ConfigError(
+                    f"logit_bias names token {token}, the vocabulary is 0..{self.n_tokens - 1}", fix="remove it"
+                )
+        prompt = list(request.prompt)
+        if isinstance(self.model, EncoderDecoder):
+            prompt = [self.model.config.first_token(self.tokenizer.special)]
+        limit = self.model.max_seq_len
+        longest = min(len(prompt) + request.config.max_new_tokens, limit)
+        if self.blocks is not None and -(-longest // self.blocks.block_size) > self.n_blocks:
+            raise ResourceError(
+                f"the request may grow to {longest:,} tokens, more than the {self.n_blocks * self.blocks.block_size:,}"
+                " that the engine holds",
+                fix="ask for fewer tokens, or raise the engine's max_tokens",
+            )
+        leader: _Row | None = None
+        for i in range(request.n):
+            sequence = Text(list(prompt), len(prompt), (request.priority, next(self._order)), request.within)
+            stream = generator(request.config, request.first_stream + i)
+            row = _Row(request, i, CertainText(self.tokenizer, prompt, request.config.stop), stream, sequence)
+            sequence.owner = row
+            if len(prompt) > limit:
+                self.scheduler.read_whole(sequence)
+            elif leader is None:
+                leader = row
+            else:
+                sequence.leader = leader.sequence
+                leader.followers.append(row)
+            self.rows[id(sequence)] = row
+            self.scheduler.add(sequence)
+
+    def cancel(self, request: Request) -> None:
+        """Nothing more comes of it, and what it held is free."""
+        for row in [row for row in self.rows.values() if row.request is request]:
+            self._end(row)
+
+    def step(self) -> list[Event]:
+        """Read what is next; every token that was chosen, and every request that failed."""
+        plan = self.scheduler.plan()
+        self._prepare(plan)
+        events, known = list[Event](), list[tuple[_Row, Tensor]]()
+        left = dict.fromkeys(plan.works)
+        while left:
+            try:
+                for work, logits in self.executor(list(left)):
+                    del left[work]
+                    known += self._read(work, logits)
+            except PassFailed as failed:
+                for work in failed.works:
+                    del left[work]
+                    events += self._failed(work, failed.cause, len(failed.works))
+        return events + self._chosen(known)
+
+    def run(self) -> Iterator[Event]:
+        """Steps until nothing is left to do."""
+        while self.busy:
+            yield from self.step()
+
+    def figures(self) -> dict[str, float]:
+        """What is going on: texts running and waiting, blocks held, idle and free, and what happened so far."""
+        blocks = self.blocks
+        return {
+            "running": len(self.scheduler.running),
+            "waiting": len(self.scheduler.waiting),
+            "blocks": self.n_blocks,
+            "blocks_held": blocks.n_held if blocks else 0,
+            "blocks_idle": blocks.n_idle if blocks else 0,
+            "slots_held": self.config.max_sequences - len(self.scheduler.slots),
+            "preempted": self.scheduler.n_preempted,
+            "tokens_shared": self.scheduler.n_shared,
+        }
+
+    def _plain(self) -> Executor:
+        memory_of = self._memory_of if isinstance(self.model, EncoderDecoder) else None
+        return PlainExecutor(self.model, self.pool, memory_of=memory_of, deterministic=self.config.deterministic)
+
+    def _memory_of(self, work: Work) -> Memory:
+        source = torch.tensor([list(work.sequence.owner.request.prompt)], device=self.pool.device)
+        return self.model.encode(source)
+
+    def _prepare(self, plan: Plan) -> None:
+        with torch.inference_mode():
+            for source, target in plan.block_copies:
+                self.pool.copy_block(source, target)
+            for origin, slot in plan.slots:
+                if origin is None:
+                    self.pool.clear(slot)
+                else:
+                    self.pool.copy_slot(origin, slot)
+
+    def _read(self, work: Work, logits: Tensor | None) -> Iterable[tuple[_Row, Tensor]]:
+        """A work is done: the rows whose next token can be chosen."""
+        row: _Row = work.sequence.owner
+        if id(work.sequence) not in self.rows:
+            return
+        self.scheduler.advance(work.sequence, work.n)
+        if logits is not None:
+            work.sequence.alone = False
+            for other in (row, *row.followers):
+                yield other, logits
+            row.followers = []
+
+    def _failed(self, work: Work, cause: Exception, n_together: int) -> Iterable[Event]:
+        """A pass failed: alone it is this request's fault; otherwise each is read anew in a pass of its own."""
+        sequence = work.sequence
+        if id(sequence) not in self.rows:
+            return []
+        if n_together > 1:
+            sequence.alone = True
+            self.scheduler.put_back(sequence)
+            return []
+        row: _Row = sequence.owner
+        self.cancel(row.request)
+        return [(row.request, Failure(cause))]
+
+    def _chosen(self, known: list[tuple[_Row, Tensor]]) -> list[Event]:
+        """The next token of every row, those with the same settings together."""
+        events = list[Event]()
+        groups: dict[tuple[int, int | None], list[tuple[_Row, Tensor]]] = {}
+        for row, logits in known:
+            groups.setdefault((id(row.request.config), row.request.n_top), []).append((row, logits))
+        for rows in groups.values():
+            events += self._choose([row for row, _ in rows], torch.stack([logits for _, logits in rows]))
+        return events
+
+    def _choose(self, rows: list[_Row], logits: Tensor) -> Iterable[Event]:
+        logits = logits[:, : self.n_tokens].float()
+        request = rows[0].request
+        prompts = [row.sequence.tokens[: row.sequence.n_prompt] for row in rows]
+        try:
+            chosen = choose(logits, request.config, prompts, [r.produced for r in rows], [r.stream for r in rows])
+        except NumericError as error:
+            if len(rows) > 1:  # one of them: each for itself
+                for row, own in zip(rows, logits.unsqueeze(1), strict=True):
+                    yield from self._choose([row], own)
+                return
+            self.cancel(request)
+            yield request, Failure(error)
+            return
+        scores = token_scores(logits, chosen, request.n_top)
+        for row, token, score in zip(rows, chosen, scores, strict=True):
+            if id(row.sequence) in self.rows:
+                yield row.request, self._push(row, token, score)
+
+    def _push(self, row: _Row, token: int, score: TokenScore | None) -> Piece:
+        sequence, request = row.sequence, row.request
+        sequence.tokens.append(token)
+        text, reason = row.text.push(token, token in request.stop_ids)
+        if reason is None and self._full(row):
+            rest, reason = row.text.flush("length")
+            text += rest
+        if reason is not None:
+            self._end(row)
+        elif len(sequence.tokens) > self.model.max_seq_len and not sequence.whole:
+            self.scheduler.read_whole(sequence)
+        return Piece(row.index, token, text, reason, score)
+
+    def _full(self, row: _Row) -> bool:
+        request, n = row.request, len(row.sequence.tokens)
+        if n - row.sequence.n_prompt >= request.config.max_new_tokens:
+            return True
+        return request.on_full == "stop" and n >= self.model.max_seq_len
+
+    def _end(self, row: _Row) -> None:
+        if self.rows.pop(id(row.sequence), None) is not None:
+            self.scheduler.remove(row.sequence)
+
+
+def token_scores(logits: Tensor, chosen: Sequence[int], n_top: int | None) -> Sequence[TokenScore | None]:
+    """ln p of the chosen tokens and of the ``n_top`` best, by logits (B, V)."""
+    if n_top is None:
+        return [None] * len(chosen)
+    table = logits.log_softmax(-1)
+    best = table.topk(min(n_top, table.shape[-1]), -1)
+    return [
+        TokenScore(token, float(row[token]), tuple(zip(ids, values, strict=True)))
+        for token, row, ids, values in zip(chosen, table, best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+
+
+def check_prompts(model: Any, prompts: Sequence[Sequence[int]], on_full: OnFull) -> None:
+    """Refuse prompts that ``model`` cannot read: empty, with ids outside the vocabulary, too long under ``stop``."""
+    if not prompts:
+        raise ConfigError("there is no prompt to complete", fix="give at least one list of token ids")
+    for row, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ConfigError(f"prompt {row} has no tokens", fix="begin with the beginning-of-text token")
+        if not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
+            raise ConfigError(
+                f"prompt {row} has a token id outside 0..{model.vocab_size - 1}",
+                fix="encode it with this model's tokenizer",
+            )
+        if on_full == "stop" and len(prompt) >= model.max_seq_len and not isinstance(model, EncoderDecoder):
+            raise ConfigError(
+                f"the prompt has {len(prompt)} tokens, the model's context is {model.max_seq_len}",
+                fix="shorten it, or start a new conversation",
+            )
+
+
+def _kind_of(model: Any) -> tuple[torch.dtype, torch.device]:
+    """Number format and device of the state."""
+    weight = getattr(getattr(model, "embed", None), "weight", None)
+    return (torch.float32, torch.device("cpu")) if weight is None else (weight.dtype, weight.device)

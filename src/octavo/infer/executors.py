@@ -1,0 +1,96 @@
+"""Who runs the model: some tokens of some sequences in, the logits after each one's last token out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from octavo.infer.memory import Pool
+from octavo.infer.scheduler import Work
+from octavo.models.decoder import Decoder
+from octavo.models.encoder_decoder import EncoderDecoder
+from octavo.nn.contracts import Inputs, Memory
+
+
+class PassFailed(Exception):
+    """The model failed on these works, and only on these."""
+
+    def __init__(self, works: Sequence[Work], cause: Exception):
+        super().__init__(str(cause))
+        self.works, self.cause = works, cause
+
+
+class Executor(Protocol):
+    """Reads works and writes their tokens' state into the pool.
+
+    ``__call__`` gives every work that was read, in any order, with the logits (V,) after its last token if it
+    ``completes`` its text; it raises PassFailed for those it could not read, and what it gave before holds.
+    """
+
+    def __call__(self, works: Sequence[Work]) -> Iterable[tuple[Work, Tensor | None]]: ...
+
+
+class PlainExecutor:
+    """Any model through its own forward pass: works of equal length together.
+
+    Args:
+        memories: what an encoder-decoder reads beside a sequence's own tokens, given with its first.
+        deterministic: every work in a pass of its own, so that no sum depends on what else is read.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        pool: Pool,
+        *,
+        memory_of: Callable[[Work], Memory] | None = None,
+        deterministic: bool = False,
+    ):
+        self.model, self.pool, self.memory_of, self.deterministic = model, pool, memory_of, deterministic
+        self.has_hidden = isinstance(model, Decoder | EncoderDecoder)
+
+    @torch.inference_mode()
+    def __call__(self, works: Sequence[Work]) -> Iterable[tuple[Work, Tensor | None]]:
+        for group in self._groups(works):
+            try:
+                logits = self._read(group)
+            except Exception as error:
+                raise PassFailed(group, error) from error
+            yield from logits
+
+    def _groups(self, works: Sequence[Work]) -> Iterable[list[Work]]:
+        groups: dict[object, list[Work]] = {}
+        for i, work in enumerate(works):
+            sequence = work.sequence
+            apart = self.deterministic or sequence.alone or sequence.whole
+            begins = self.memory_of is not None and sequence.length == 0
+            groups.setdefault((i,) if apart or begins else work.n, []).append(work)
+        return groups.values()
+
+    def _read(self, group: list[Work]) -> list[tuple[Work, Tensor | None]]:
+        first = group[0].sequence
+        if first.whole:
+            tokens = first.tokens[-self.model.max_seq_len :]
+            memory = self.memory_of(group[0]) if self.memory_of is not None else None
+            inputs = Inputs(torch.tensor([tokens], device=self.pool.device), memory=memory)
+            return [(group[0], self._logits(inputs, None, [0])[0])]
+        inputs = Inputs(torch.tensor([work.tokens for work in group], device=self.pool.device))
+        if self.memory_of is not None and first.length == 0:
+            inputs.memory = self.memory_of(group[0])
+        sequences = [work.sequence for work in group]
+        slots = [s.slot for s in sequences if s.slot is not None]
+        state = self.pool.view([s.table for s in sequences], slots, [s.length for s in sequences])
+        rows = [row for row, work in enumerate(group) if work.completes]
+        logits = iter(self._logits(inputs, state, rows))
+        return [(work, next(logits) if work.completes else None) for work in group]
+
+    def _logits(self, inputs: Inputs, state: Any, rows: list[int]) -> Tensor:
+        """After the last token of some rows, (n, V)."""
+        if not self.has_hidden:
+            out = self.model(inputs, state=state, needs=("logits",)).logits
+            return out[rows, -1]
+        hidden = self.model(inputs, state=state, needs=("hidden",)).hidden
+        return self.model.logits(hidden[rows, -1]) if rows else hidden[:0, 0]
