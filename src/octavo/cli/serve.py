@@ -26,7 +26,11 @@ def serve(
     allow_host: Annotated[
         list[str] | None, typer.Option(help="A name under which this machine is reached; may be given several times.")
     ] = None,
-    max_requests: Annotated[int, typer.Option(min=1, help="Requests held at once; more must come back.")] = 32,
+    max_requests: Annotated[int, typer.Option(min=1, help="Requests held at once; more must come back.")] = 128,
+    max_sequences: Annotated[int, typer.Option(min=1, help="Texts decoded together; others wait.")] = 32,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of all texts held in memory. Default: what fits.")
+    ] = None,
     store: Annotated[
         Path | None,
         typer.Option(help="A store (`octavo store`) whose passages are put before each question."),
@@ -54,6 +58,8 @@ def serve(
         api_key=api_key,
         allow_hosts=tuple(allow_host or ()),
         max_requests=max_requests,
+        max_sequences=max_sequences,
+        max_tokens=max_tokens,
         grace_seconds=grace,
     )
     with bind(config) as sock:

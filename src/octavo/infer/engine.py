@@ -18,7 +18,7 @@ from torch import Tensor
 from octavo.errors import ConfigError, NumericError, ResourceError
 from octavo.infer.blocks import Blocks
 from octavo.infer.executors import Executor, PassFailed, PlainExecutor
-from octavo.infer.memory import Pool, bytes_of
+from octavo.infer.memory import Pool, bytes_of, free_bytes
 from octavo.infer.sampling import SamplingConfig, choose, generator
 from octavo.infer.scheduler import Plan, Scheduler, Work
 from octavo.infer.scheduler import Sequence as Text
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from octavo.tokenizer import Tokenizer
 
 OnFull = Literal["crop", "stop"]
+
+SHARE_OF_MEMORY = 0.5
+"""Of the memory that is free, what a state may take where its size is not said."""
 
 
 class EngineConfig(Config):
@@ -124,6 +127,8 @@ class Engine:
         token_bytes, _ = bytes_of(specs, dtype, limit)
         size = min(config.block_size, limit)
         capacity = config.max_tokens or config.max_sequences * limit
+        if config.max_tokens is None and token_bytes:
+            capacity = min(capacity, max(limit, int(SHARE_OF_MEMORY * free_bytes(device)) // token_bytes))
         self.n_blocks = -(-capacity // size) if token_bytes else 0
         try:
             self.pool = Pool(

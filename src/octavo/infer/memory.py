@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from math import prod
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -123,6 +125,17 @@ def bytes_of(specs: dict[str, StateSpec], dtype: torch.dtype, max_tokens: int, n
     fields = [field for spec in specs.values() for field in spec.values()]
     token = sum(prod(f.shape) * (f.dtype or dtype).itemsize for f in fields if f.kind == "token")
     return token, sum(f.n_bytes(max_tokens, dtype, n_memory) for f in fields if f.kind != "token")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be had, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # another system than Linux: half of what there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 class PagedState(State):

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
+from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from octavo.errors import OctavoError
+from octavo.infer.engine import Engine, EngineConfig, Request
 from octavo.infer.generate import encode_prompt
 from octavo.infer.sampling import SamplingConfig
 from octavo.serve import protocol
@@ -46,12 +48,16 @@ log = logging.getLogger("octavo.serve")
 class Plan:
     """A request that is known to be possible."""
 
-    prompts: list[list[int]]
-    config: SamplingConfig
+    requests: list[Request]
     stream: bool
     usage_in_stream: bool
     n_top: int | None
     echo: list[str]
+
+    @property
+    def n_prompt(self) -> int:
+        """Tokens of the prompts; several answers share one."""
+        return sum(len(request.prompt) for request in self.requests)
 
 
 class Service:
@@ -60,10 +66,11 @@ class Service:
     def __init__(self, model: Any, tokenizer: Tokenizer, name: str, config: ServeConfig, look_up: LookUp | None = None):
         self.model, self.tokenizer, self.name, self.config = model, tokenizer, name, config
         self.look_up = look_up
-        self.worker = Worker(model, tokenizer, config.max_requests)
+        engine = EngineConfig(max_sequences=config.max_sequences, max_tokens=config.max_tokens)
+        self.worker = Worker(lambda: Engine(model, tokenizer, engine), config.max_requests)
         self.bodies = Bodies(config.body_seconds)
 
-    async def answer(self, request: Request, *, chat: bool) -> Response:
+    async def answer(self, request: HttpRequest, *, chat: bool) -> Response:
         """Read, admit, prepare, decode; the place in the queue is given back when the answer is out."""
         request_id = secrets.token_hex(12)
         body = await self.bodies.read(request)
@@ -73,7 +80,7 @@ class Service:
         try:
             plan = await asyncio.to_thread(self.prepare, body, chat)
             shape = Shape(request_id, self.name, chat=chat)
-            job.start(plan.prompts, plan.config, plan.n_top)
+            job.start(plan.requests)
             if not plan.stream:
                 return JSONResponse(await self._whole(job, plan, shape))
             events = self._events(job, plan, shape)
@@ -109,9 +116,13 @@ class Service:
                 400, f"At most {protocol.MAX_ROWS} completions in one request.", param="n", code="invalid_value"
             )
         room = self._room(max(map(len, prompts)), asked, "messages" if chat else "prompt")
+        config = self._sampling(request, min(asked or DEFAULT_MAX_TOKENS, room))
+        settings = {"n": request.n, "stop_ids": frozenset(self.tokenizer.stop_ids), "n_top": n_top}
         return Plan(
-            prompts=[ids for ids in prompts for _ in range(request.n)],
-            config=self._sampling(request, min(asked or DEFAULT_MAX_TOKENS, room)),
+            requests=[
+                Request(ids, config, first_stream=i * request.n, **settings)  # type: ignore[arg-type]
+                for i, ids in enumerate(prompts)
+            ],
             stream=request.stream,
             usage_in_stream=request.stream_options.include_usage,
             n_top=n_top,
@@ -186,7 +197,7 @@ class Service:
         )
 
     async def _whole(self, job: Job, plan: Plan, shape: Shape) -> dict[str, Any]:
-        rows = range(len(plan.prompts))
+        rows = range(len(plan.echo))
         texts, scores, reasons, n_new = [[text] for text in plan.echo], [[] for _ in rows], ["" for _ in rows], 0
         async for piece in job.pieces():
             n_new += 1
@@ -204,7 +215,7 @@ class Service:
             }
             for row in rows
         ]
-        return shape.whole(choices, protocol.usage(_n_prompt(plan), n_new))
+        return shape.whole(choices, protocol.usage(plan.n_prompt, n_new))
 
     async def _events(self, job: Job, plan: Plan, shape: Shape) -> AsyncIterator[bytes]:
         """The body of a stream, one event at a time; the first comes when there is something to say."""
@@ -230,7 +241,7 @@ class Service:
             yield protocol.event(error.body)
         else:
             if plan.usage_in_stream:
-                yield protocol.event(shape.usage_chunk(protocol.usage(_n_prompt(plan), n_new)))
+                yield protocol.event(shape.usage_chunk(protocol.usage(plan.n_prompt, n_new)))
         yield protocol.DONE
 
 
@@ -271,11 +282,6 @@ async def _stop_when_gone(receive: Callable[[], Awaitable[Any]], job: Job) -> No
     while (await receive())["type"] != "http.disconnect":
         pass
     job.stop()
-
-
-def _n_prompt(plan: Plan) -> int:
-    distinct = {id(ids): len(ids) for ids in plan.prompts}  # n answers share one prompt
-    return sum(distinct.values())
 
 
 def create_app(
@@ -329,11 +335,11 @@ def create_app(
         return entry
 
     @app.post("/v1/chat/completions", openapi_extra=_described(ChatRequest))
-    async def chat_completions(request: Request) -> Response:
+    async def chat_completions(request: HttpRequest) -> Response:
         return await service.answer(request, chat=True)
 
     @app.post("/v1/completions", openapi_extra=_described(CompletionRequest))
-    async def completions(request: Request) -> Response:
+    async def completions(request: HttpRequest) -> Response:
         return await service.answer(request, chat=False)
 
     return app
@@ -344,15 +350,15 @@ def _described(kind: type[Any]) -> dict[str, Any]:
 
 
 def _add_errors(app: FastAPI) -> None:
-    async def refused(_: Request, error: ApiError) -> Response:
+    async def refused(_: HttpRequest, error: ApiError) -> Response:
         return error.response()
 
-    async def http(_: Request, error: HTTPException) -> Response:
+    async def http(_: HttpRequest, error: HTTPException) -> Response:
         message = {404: "There is nothing at this address.", 405: "This address does not take this method."}
         api = ApiError(error.status_code, message.get(error.status_code, "Refused."), headers=error.headers)
         return api.response()
 
-    async def failed(_: Request, error: Exception) -> Response:
+    async def failed(_: HttpRequest, error: Exception) -> Response:
         return ApiError(500, "The server failed on this request; see its log.", code="internal").response()
 
     app.add_exception_handler(ApiError, refused)  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
-"""The one thread that runs the model, and the short queue before it.
+"""The one thread that runs the engine, and the way of requests to it and of pieces back.
 
-A request is admitted (or told to come back), prepared off the event loop, and then decoded here, one request
-after the other. It can be stopped between any two passes of the model: when its client has left, when the
-client does not read, when the server goes down. A request that fails takes nothing else with it.
+A request is admitted (or told to come back), prepared off the event loop, and then decoded here together with all
+others. It can be stopped between any two steps: when its client has left, when the client does not read, when the
+server goes down. A request that fails takes nothing else with it.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from octavo.serve.refusal import ApiError
 
 if TYPE_CHECKING:
+    from octavo.infer.engine import Engine, Failure, Request
     from octavo.infer.text import Piece
-    from octavo.infer.sampling import SamplingConfig
-    from octavo.tokenizer import Tokenizer
 
 FAILURES_UNTIL_NOT_READY = 3
 STUCK_SECONDS = 60.0
@@ -28,27 +28,23 @@ STUCK_SECONDS = 60.0
 log = logging.getLogger("octavo.serve")
 
 
-class Stopped(Exception):
-    """Raised inside the model call of a job that nobody waits for any more."""
-
-
 class Job:
     """One admitted request: what to decode, and the way its pieces take back to the event loop."""
 
     def __init__(self, worker: Worker, request_id: str):
         self.worker, self.id = worker, request_id
-        self.prompts: Sequence[Sequence[int]] = ()
-        self.config: SamplingConfig | None = None
-        self.n_top: int | None = None
+        self.requests: Sequence[Request] = ()
+        self.left = 0
         self.stopped = threading.Event()
         self._loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[Piece | ApiError | None] = asyncio.Queue()
         self._finished = False
 
-    def start(self, prompts: Sequence[Sequence[int]], config: SamplingConfig, n_top: int | None) -> None:
-        """Queue it for decoding."""
-        self.prompts, self.config, self.n_top = prompts, config, n_top
-        self.worker.jobs.put(self)
+    def start(self, requests: Sequence[Request]) -> None:
+        """Hand it to the engine; the texts of its requests are numbered through, in their order."""
+        self.requests = requests
+        self.left = sum(request.n for request in requests)
+        self.worker.tell(self)
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """The pieces as they come; ends early if the job was stopped without an error.
@@ -66,6 +62,7 @@ class Job:
         if not self.stopped.is_set():
             self.stopped.set()
             self._pieces.put_nowait(error)
+            self.worker.tell(self)
 
     def close(self) -> None:
         """The answer is out, or given up: stop, and free the place in the queue."""
@@ -83,19 +80,22 @@ class Job:
 
 
 class Worker:
-    """Decodes admitted jobs in their order.
+    """Decodes admitted jobs together.
 
     Args:
-        max_jobs: requests accepted and not yet answered, the running one included.
+        make: makes the engine; again after it has failed.
+        max_jobs: requests accepted and not yet answered.
     """
 
-    def __init__(self, model: Any, tokenizer: Tokenizer, max_jobs: int):
-        self.model, self.tokenizer, self.max_jobs = model, tokenizer, max_jobs
-        self.jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+    def __init__(self, make: Callable[[], Engine], max_jobs: int):
+        self.make, self.max_jobs = make, max_jobs
+        self.engine = make()
         self.open_jobs: set[Job] = set()
         self.draining = False
         self.failures = 0
-        self._pass_began: float | None = None
+        self._told: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._owners: dict[Request, tuple[Job, int]] = {}  # its job, and the number of its first text there
+        self._step_began: float | None = None
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -103,10 +103,14 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name="octavo-decode", daemon=True)
         self._thread.start()
 
+    def tell(self, job: Job | None) -> None:
+        """Something about a job has changed: it begins, or is stopped. None: the thread ends."""
+        self._told.put(job)
+
     def close(self) -> None:
         """Stop every job and the thread."""
         self.stop_all()
-        self.jobs.put(None)
+        self.tell(None)
         if self._thread is not None:
             self._thread.join(timeout=10)
 
@@ -134,7 +138,7 @@ class Worker:
 
     def not_ready(self) -> str | None:
         """Why no work should be sent here now; None if all is well."""
-        began = self._pass_began
+        began = self._step_began
         if self.draining:
             return "shutting down"
         if self._thread is None or not self._thread.is_alive():
@@ -142,51 +146,89 @@ class Worker:
         if self.failures >= FAILURES_UNTIL_NOT_READY:
             return f"the last {self.failures} requests failed"
         if began is not None and time.monotonic() - began > STUCK_SECONDS:
-            return "a pass of the model does not end"
+            return "a step of the engine does not end"
         return None
 
     def _run(self) -> None:
-        while (job := self.jobs.get()) is not None:
+        while self._listen():
+            if not self.engine.busy:
+                continue
+            self._step_began = time.monotonic()
             try:
-                self._decode(job)
-                self.failures = 0
-            except Stopped:
-                pass
+                events = self.engine.step()
             except Exception:
-                self.failures += 1
-                log.exception("request %s failed", job.id)
-                job.send(ApiError(500, f"The model failed on request {job.id}; see the server's log.", code="engine"))
+                log.exception("a step of the engine failed")
+                self._begin_anew()
+                continue
             finally:
-                self._pass_began = None
-                job.send(None)
+                self._step_began = None
+            for event in events:
+                self._pass_on(*event)
 
-    def _decode(self, job: Job) -> None:
-        from octavo.infer.generate import pieces
+    def _listen(self) -> bool:
+        """Take what was told, waiting for it while there is nothing else to do; False when the thread is to end."""
+        try:
+            while True:
+                job = self._told.get(block=not self.engine.busy)
+                if job is None:
+                    return False
+                self._changed(job)
+        except queue.Empty:
+            return True
 
-        model = _Stoppable(self, job)
-        for piece in pieces(model, self.tokenizer, job.prompts, job.config, on_full="stop", n_top=job.n_top):
-            job.send(piece)
+    def _changed(self, job: Job) -> None:
+        if job.stopped.is_set():
+            for request in job.requests:
+                if self._owners.pop(request, None) is not None:
+                    self.engine.cancel(request)
+            return
+        first = 0
+        try:
+            for request in job.requests:
+                self.engine.add(request)
+                self._owners[request] = (job, first)
+                first += request.n
+        except Exception as error:  # it was checked before: what is left is memory
+            log.warning("request %s: %s", job.id, error)
+            self._drop(job, ApiError(400, "The request does not fit into the server's memory.", code="too_large"))
+
+    def _pass_on(self, request: Request, event: Piece | Failure) -> None:
+        from octavo.infer.engine import Failure
+
+        owner = self._owners.get(request)
+        if owner is None:
+            return
+        job, first = owner
+        if isinstance(event, Failure):
+            self.failures += 1
+            log.error("request %s failed", job.id, exc_info=event.error)
+            self._drop(job, _engine_error(job))
+            return
+        job.send(replace(event, row=first + event.row))
+        if event.finish_reason is not None:
+            job.left -= 1
+            if not job.left:
+                self.failures = 0
+                self._drop(job, None)
+
+    def _drop(self, job: Job, last: ApiError | None) -> None:
+        """Nothing more is decoded for it."""
+        for request in job.requests:
+            if self._owners.pop(request, None) is not None:
+                self.engine.cancel(request)
+        if last is not None:
+            job.send(last)
+        job.send(None)
+
+    def _begin_anew(self) -> None:
+        """The engine itself failed: everybody in it is told so, and another takes its place."""
+        self.failures += 1
+        for job in {id(job): job for job, _ in self._owners.values()}.values():
+            job.send(_engine_error(job))
+            job.send(None)
+        self._owners.clear()
+        self.engine = self.make()
 
 
-class _Stoppable:
-    """The model as one job sees it: every pass first asks whether anybody still waits for it."""
-
-    def __init__(self, worker: Worker, job: Job):
-        self.worker, self.job, self.model = worker, job, worker.model
-        self.vocab_size, self.max_seq_len = self.model.vocab_size, self.model.max_seq_len
-
-    def new_state(self, rows: int, max_tokens: int | None = None) -> Any:
-        self._check()
-        return self.model.new_state(rows, max_tokens)
-
-    def state_specs(self) -> Any:
-        return self.model.state_specs()
-
-    def __call__(self, inputs: Any, state: Any = None, needs: tuple[str, ...] = ("logits",)) -> Any:
-        self._check()
-        self.worker._pass_began = time.monotonic()
-        return self.model(inputs, state=state, needs=needs)
-
-    def _check(self) -> None:
-        if self.job.stopped.is_set():
-            raise Stopped
+def _engine_error(job: Job) -> ApiError:
+    return ApiError(500, f"The model failed on request {job.id}; see the server's log.", code="engine")
