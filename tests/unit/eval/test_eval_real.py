@@ -83,16 +83,17 @@ def test_a_whole_evaluation_with_a_context_shorter_than_the_documents(tokenizer)
 
 def test_greedy_stops_where_the_model_ends_its_turn(tokenizer):
     model = small(tokenizer.vocab_size, 64)
-    batches = []
-    model.register_forward_hook(lambda module, args, out: batches.append(out.logits.shape[0]))
+    batches, logits = [], model.logits
     always_end = {"ends": True}
 
-    def bias(module, args, out):
+    def bias(hidden):
+        batches.append(len(hidden))
+        found = logits(hidden)
         if always_end["ends"]:
-            out.logits[..., tokenizer.special.turn_end] += 1e4
-        return out
+            found[..., tokenizer.special.turn_end] += 1e4
+        return found
 
-    model.register_forward_hook(bias)
+    model.logits = bias
     question = [Question([{"role": "user", "content": "Hi"}], "Hi")] * 2
     assert score_answers(question, greedy(model, tokenizer, 4))["stopped_by_itself"] == 1.0
     assert set(batches) == {2}  # both in one batch

@@ -97,7 +97,7 @@ def test_presence_frequency_and_bias() -> None:
 
 
 def test_draw_follows_the_distribution() -> None:
-    streams = sampling.generators(SamplingConfig(seed=7), 1)
+    streams = [sampling.generator(SamplingConfig(seed=7), i) for i in range(1)]
     wanted = torch.tensor([0.1, 0.0, 0.6, 0.3])
     counts = torch.zeros(4)
     for _ in range(4000):
@@ -109,7 +109,7 @@ def test_draw_follows_the_distribution() -> None:
 
 def test_an_impossible_token_is_not_drawn_even_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.zeros((), dtype=torch.float64))
-    streams = sampling.generators(SamplingConfig(seed=1), 1)
+    streams = [sampling.generator(SamplingConfig(seed=1), i) for i in range(1)]
     assert int(sampling.draw(torch.tensor([[-math.inf, -math.inf, 0.0, 1.0]]), streams)) == 2
 
 
@@ -121,17 +121,17 @@ def test_one_token_always_stays(logits: torch.Tensor) -> None:
 
 def test_a_seeded_row_does_not_depend_on_its_batch(logits: torch.Tensor) -> None:
     config = SamplingConfig(seed=11)
-    together = sampling.draw(logits, sampling.generators(config, 6))
-    assert torch.equal(together, sampling.draw(logits, sampling.generators(config, 6)))
+    together = sampling.draw(logits, [sampling.generator(config, i) for i in range(6)])
+    assert torch.equal(together, sampling.draw(logits, [sampling.generator(config, i) for i in range(6)]))
     for row in range(6):
-        alone = sampling.draw(logits[row : row + 1], sampling.generators(SamplingConfig(seed=11 + row), 1))
+        alone = sampling.draw(logits[row : row + 1], [sampling.generator(SamplingConfig(seed=11 + row), i) for i in range(1)])
         assert int(alone[0]) == int(together[row])
 
 
 @pytest.mark.parametrize("bad", [torch.full((1, 3), math.nan), torch.full((1, 3), -math.inf)])
 def test_logits_that_are_not_numbers_are_an_error(bad: torch.Tensor) -> None:
     with pytest.raises(NumericError, match="row 1 has no token"):
-        sampling.draw(torch.cat([torch.zeros(1, 3), bad]), sampling.generators(SamplingConfig(seed=0), 2))
+        sampling.draw(torch.cat([torch.zeros(1, 3), bad]), [sampling.generator(SamplingConfig(seed=0), i) for i in range(2)])
 
 
 @pytest.mark.parametrize(
