@@ -19,7 +19,7 @@ from octavo.errors import ConfigError, NumericError, ResourceError
 from octavo.infer.blocks import Blocks
 from octavo.infer.executors import Executor, PassFailed, PlainExecutor
 from octavo.infer.memory import Pool, bytes_of, free_bytes
-from octavo.infer.sampling import SamplingConfig, choose, generator
+from octavo.infer.sampling import SamplingConfig, choice_settings, choose, generator
 from octavo.infer.scheduler import Plan, Scheduler, Work
 from octavo.infer.scheduler import Sequence as Text
 from octavo.infer.text import CertainText, Piece, TokenScore
@@ -95,6 +95,7 @@ class _Row:
     text: CertainText
     stream: torch.Generator
     sequence: Text
+    how: tuple[object, ...]
     followers: list[_Row] = field(default_factory=list)
 
     @property
@@ -179,11 +180,13 @@ class Engine:
                 " that the engine holds",
                 fix="ask for fewer tokens, or raise the engine's max_tokens",
             )
+        how = (*choice_settings(request.config), request.n_top)
         leader: _Row | None = None
         for i in range(request.n):
             sequence = Text(list(prompt), len(prompt), (request.priority, next(self._order)), request.within)
             stream = generator(request.config, request.first_stream + i)
-            row = _Row(request, i, CertainText(self.tokenizer, prompt, request.config.stop), stream, sequence)
+            text = CertainText(self.tokenizer, prompt, request.config.stop)
+            row = _Row(request, i, text, stream, sequence, how)
             sequence.owner = row
             if len(prompt) > limit:
                 self.scheduler.read_whole(sequence)
@@ -282,9 +285,9 @@ class Engine:
     def _chosen(self, known: list[tuple[_Row, Tensor]]) -> list[Event]:
         """The next token of every row, those with the same settings together."""
         events = list[Event]()
-        groups: dict[tuple[int, int | None], list[tuple[_Row, Tensor]]] = {}
+        groups: dict[object, list[tuple[_Row, Tensor]]] = {}
         for row, logits in known:
-            groups.setdefault((id(row.request.config), row.request.n_top), []).append((row, logits))
+            groups.setdefault(row.how, []).append((row, logits))
         for rows in groups.values():
             events += self._choose([row for row, _ in rows], torch.stack([logits for _, logits in rows]))
         return events
@@ -299,9 +302,9 @@ class Engine:
             if len(rows) > 1:  # one of them: each for itself
                 for row, own in zip(rows, logits.unsqueeze(1), strict=True):
                     yield from self._choose([row], own)
-                return
-            self.cancel(request)
-            yield request, Failure(error)
+            elif id(rows[0].sequence) in self.rows:
+                self.cancel(request)
+                yield request, Failure(error)
             return
         scores = token_scores(logits, chosen, request.n_top)
         for row, token, score in zip(rows, chosen, scores, strict=True):

@@ -161,6 +161,13 @@ def draw(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     return torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0]
 
 
+def choice_settings(config: SamplingConfig) -> tuple[object, ...]:
+    """All by which ``choose`` tells configurations apart: rows with equal ones can be chosen for together."""
+    apart = {"seed", "max_new_tokens", "stop"}
+    values = {name: getattr(config, name) for name in type(config).model_fields if name not in apart}
+    return tuple(tuple(value.items()) if isinstance(value, dict) else value for value in values.values())
+
+
 def choose(
     logits: Tensor,
     config: SamplingConfig,

@@ -188,6 +188,8 @@ class Scheduler:
         last = sequence.length // size
         copy = last < len(table) and blocks.shared(table[last])
         wanted = self._needs(sequence, sequence.length + n) + copy
+        if wanted < 1:
+            return True
         while (new := blocks.take(wanted)) is None:
             victim = max(self.running, key=_rank)
             self.put_back(victim)
