@@ -39,7 +39,8 @@ class Batch:
         """Take a loader's arrays; names that are not fields go to ``extra``."""
         if "labels" in arrays:  # texts one a row: what is padding in all of them is left out
             longest = -(-max(1, int(np.flatnonzero(arrays["valid"].any(0)).max(initial=0)) + 1) // 8) * 8
-            cut = (*TENSORS, "token_types")
+            of_tokens = arrays["labels"].ndim == 2 and arrays["labels"].dtype.kind == "i"
+            cut = (*TENSORS, "token_types", *(("labels",) if of_tokens else ()))
             arrays = {name: a[:, :longest] if name in cut else a for name, a in arrays.items()}
         dtypes = {"loss_mask": torch.float32, "valid": torch.bool}
         tensors = {

@@ -23,6 +23,7 @@ from octavo.data.facts import FactsConfig
 from octavo.data.labelled import LabelledConfig
 from octavo.data.pairs import PairsConfig
 from octavo.data.prepare import DataConfig
+from octavo.data.tagged import TaggedConfig
 from octavo.errors import ConfigError, ConfigErrors, did_you_mean, nearest
 from octavo.eval.runner import EvalConfig
 from octavo.models.decoder import Decoder
@@ -74,30 +75,38 @@ class LabelledData(LabelledConfig):
     kind: Literal["labelled"] = "labelled"
 
 
+class TaggedData(TaggedConfig):
+    """Words with a tag each: a head of classes of tokens is trained, with the objective `classes`."""
+
+    kind: Literal["tagged"] = "tagged"
+
+
 class TuneConfig(TrainConfig):
     """Instruction tuning: the same loop, with a chat source and the renderer's loss mask; of pairs, from the start."""
 
-    data: FactsData | ChatData | PairsData | LabelledData = Field(default=FactsData(), discriminator="kind")
+    data: FactsData | ChatData | PairsData | LabelledData | TaggedData = Field(
+        default=FactsData(), discriminator="kind"
+    )
     held_out: float = Field(default=0.05, ge=0, lt=1, description="share of a file's conversations kept for validation")
 
     @model_validator(mode="before")
     @classmethod
     def _objective_of_the_data(cls, raw: Any) -> Any:
         data = raw.get("data") if isinstance(raw, Mapping) else None
-        if isinstance(data, Mapping) and data.get("kind") == "labelled" and "objective" not in raw:
+        if isinstance(data, Mapping) and data.get("kind") in ("labelled", "tagged") and "objective" not in raw:
             return {**raw, "objective": {"kind": "classes", "problem": data.get("problem", "single_label")}}
         return raw
 
     @model_validator(mode="after")
     def _one_purpose(self) -> TuneConfig:
-        labelled, kind = isinstance(self.data, LabelledData), self.objective.kind
+        labelled, kind = isinstance(self.data, LabelledData | TaggedData), self.objective.kind
         if kind == "masked":
             raise ValueError("objective masked is for the train section; use causal or classes")
         if getattr(self.objective, "fim", None) is not None:
             raise ValueError("objective.fim is for the train section: conversations are told as they are")
         if labelled != (kind == "classes"):
-            raise ValueError(f"objective {kind} does not go with data {self.data.kind}; use classes with labelled")
-        if isinstance(self.data, LabelledData) and self.objective.problem != self.data.problem:
+            raise ValueError(f"objective {kind} does not go with data {self.data.kind}; use classes with labels")
+        if isinstance(self.data, LabelledData | TaggedData) and self.objective.problem != self.data.problem:
             raise ValueError(f"objective.problem = {self.objective.problem}, data.problem = {self.data.problem}")
         return self
 
@@ -180,9 +189,9 @@ class Recipe(Config):
     def _asked_both_ways(self, kind: str) -> None:
         """Hidden tokens are asked of a model that reads both ways, the next token of one that does not."""
         if kind == "classes":
-            raise ValueError("train.objective classes needs labelled texts; use tune.data.kind=labelled")
+            raise ValueError("train.objective classes needs labelled texts; use tune.data.kind=labelled or tagged")
         causal = getattr(self.model, "causal", None)
-        if causal is not None and kind in ("masked", "causal") and causal != (kind == "causal"):
+        if causal is not None and kind in ("masked", "causal", "prefix") and causal != (kind != "masked"):
             fix = "model.causal=false" if kind == "masked" else "train.objective.kind=masked"
             raise ValueError(f"train.objective {kind} does not go with model.causal = {str(causal).lower()}; use {fix}")
 

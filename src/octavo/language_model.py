@@ -13,11 +13,12 @@ from torch import Tensor
 
 from octavo.errors import CheckpointError, ConfigError, ConfigErrors, did_you_mean
 from octavo.files import write_json
-from octavo.hub import formats
+from octavo.hub import formats, sentences
 from octavo.hub.folder import assemble, load_model, model_config, read_config, save_model
-from octavo.infer.embed import classify, embed
-from octavo.infer.generate import Completion, encode_prompt, encode_source, generate, pieces
+from octavo.infer.embed import classify, embed, tag
+from octavo.infer.generate import encode_prompt, encode_source, generate, pieces
 from octavo.infer.sampling import SamplingConfig
+from octavo.infer.text import Completion
 from octavo.models.encoder_decoder import EncoderDecoder
 from octavo.nn.contracts import Inputs
 from octavo.predictors import folder as counted
@@ -44,6 +45,7 @@ class LanguageModel:
                 fix="use the tokenizer that belongs to the model",
             )
         self.model, self.tokenizer = model, tokenizer
+        self.sentences: sentences.Sentences | None = None  # how its makers make vectors of texts
 
     @property
     def network(self) -> Decoder:
@@ -99,7 +101,14 @@ class LanguageModel:
         return tuple(state[0] for state in states) if ids.ndim == 1 else states
 
     def embed(self, texts: Sequence[str], **settings: Any) -> np.ndarray:
-        """One vector a text, (N, D) float32; ``settings`` are those of ``octavo.infer.embed.embed``."""
+        """One vector a text, (N, D) float32; ``settings`` are those of ``octavo.infer.embed.embed``.
+
+        What is left out is as the model's makers say it, where its folder says so (sentence-transformers).
+        """
+        if self.sentences is not None:
+            settings = self.sentences.settings(settings)
+            if settings["max_tokens"] is not None:
+                settings["max_tokens"] = min(settings["max_tokens"], self.max_seq_len)
         return embed(self.model, self.tokenizer, texts, **settings)
 
     def classify(self, texts: Sequence[str], pairs: Sequence[str] | None = None, **settings: Any) -> np.ndarray:
@@ -108,6 +117,13 @@ class LanguageModel:
         The names are ``model.config.classes.labels``. ``settings`` are those of ``octavo.infer.embed.classify``.
         """
         return classify(self.model, self.tokenizer, texts, pairs, **settings)
+
+    def tag(self, sentences: Sequence[Sequence[str]], **settings: Any) -> list[list[str]]:
+        """The tag of each word of each sentence, by a head of classes over tokens; sentences come as words.
+
+        ``settings`` are those of ``octavo.infer.embed.tag``.
+        """
+        return tag(self.model, self.tokenizer, sentences, **settings)
 
     def score(self, text: str) -> dict[str, float]:
         """How well the model predicts ``text``: bits_per_byte, perplexity_per_token, token_accuracy and counts."""
@@ -161,6 +177,8 @@ class LanguageModel:
             counted.save(self.model, folder, ids | single, beside)
             return counted.NATIVE
         name = save_model(self.model, folder, family=family, extra=ids | single)
+        if self.sentences is not None:
+            sentences.write(self.sentences, Path(folder), self.model.config.d_model)
         beside(folder)
         return name
 
@@ -185,7 +203,9 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto", *, tokenizer: Toke
             raise ConfigError(f"{path} was counted: it has no weights to hold in {dtype}", fix="leave the dtype out")
         return LanguageModel(counted.load(place, hf), tokenizer or Tokenizer.load(place))
     wanted = _dtype(dtype, hf)
-    return LanguageModel(load_model(place, wanted), tokenizer or Tokenizer.load(place))
+    lm = LanguageModel(load_model(place, wanted), tokenizer or Tokenizer.load(place))
+    lm.sentences = sentences.read(place)
+    return lm
 
 
 def from_foreign(foreign: formats.Foreign, path: Path, dtype: torch.dtype | str = "auto") -> LanguageModel:

@@ -21,7 +21,10 @@ def embed(
     model: Model,
     texts: Annotated[Path | None, typer.Argument(help="A file of texts, one a line, or .jsonl; none: stdin.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="vectors.npy, or .jsonl; none: JSON lines.")] = None,
-    pooling: Annotated[str, typer.Option(help="What of a text is kept: mean, first or last token.")] = "mean",
+    pooling: Annotated[
+        str | None,
+        typer.Option(help="What of a text is kept: mean, first or last token; default: as the model says, else mean."),
+    ] = None,
     normalise: Annotated[bool, typer.Option("--normalise", help="Make all vectors one long.")] = False,
     column: Annotated[str, typer.Option(help="Of .jsonl, where the text stands.")] = "text",
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longer texts lose their end.")] = None,
@@ -32,13 +35,13 @@ def embed(
 
     Example: [bold]octavo embed runs/encoder texts.txt --out vectors.npy --normalise[/bold]
     """
-    if pooling not in POOLINGS:
+    if pooling is not None and pooling not in POOLINGS:
         raise ConfigError(f"--pooling {pooling} is not known", fix=f"use {', '.join(POOLINGS)}")
     if out is not None and out.suffix not in (".npy", ".jsonl"):
         raise ConfigError(f"--out {out} is neither .npy nor .jsonl", fix="name a file of one of the two")
     if texts is None and sys.stdin.isatty():
         raise ConfigError("there are no texts", fix="give a file, or pipe lines in")
-    lines = _read(texts, column)
+    lines = read_texts(texts, column)
 
     import numpy as np
 
@@ -54,7 +57,9 @@ def embed(
             bar.update(done - shown)
             shown = done
 
-        vectors = lm.embed(lines, pooling=pooling, normalise=normalise, max_tokens=max_tokens, progress=progress)  # type: ignore[arg-type]
+        chosen = {"pooling": pooling, "normalise": normalise or None, "max_tokens": max_tokens}
+        settings = {key: value for key, value in chosen.items() if value is not None}
+        vectors = lm.embed(lines, progress=progress, **settings)
     if out is not None and out.suffix == ".npy":
         np.save(out, vectors)
         return
@@ -65,7 +70,8 @@ def embed(
         out.write_text(written, encoding="utf-8")
 
 
-def _read(path: Path | None, column: str) -> list[str]:
+def read_texts(path: Path | None, column: str) -> list[str]:
+    """The lines of a file or of stdin, or of a .jsonl what stands in ``column``."""
     try:
         raw = path.read_text(encoding="utf-8") if path is not None else sys.stdin.read()
     except OSError as error:

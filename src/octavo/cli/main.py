@@ -53,6 +53,7 @@ VERBS: dict[str, Verb] = {
     "replay": Verb("octavo.cli.replay", KNOW, "Compute a step that gave no number again, and say where it began."),
     "generate": Verb("octavo.cli.generate", USE, "Continue a text with a model."),
     "chat": Verb("octavo.cli.chat", USE, "Talk to a model."),
+    "classify": Verb("octavo.cli.classify", USE, "Say the classes of texts, or the tag of each word."),
     "embed": Verb("octavo.cli.embed", USE, "Turn texts into vectors."),
     "serve": Verb("octavo.cli.serve", USE, "Serve a model over HTTP (OpenAI-compatible) with a web chat."),
     "correct": Verb("octavo.cli.correct", USE, "Correct typing errors, or turn pinyin into Chinese, with n-grams."),

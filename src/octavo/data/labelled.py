@@ -72,7 +72,7 @@ def read(config: LabelledConfig) -> list[Labelled]:
         DataError: no file matches, or a row cannot be read, with file and line.
     """
     found = []
-    for path in _files(config.paths):
+    for path in files(config.paths):
         for line, row in _rows(path):
             try:
                 if isinstance(row, BadRow):
@@ -96,7 +96,7 @@ def read(config: LabelledConfig) -> list[Labelled]:
 
 def fingerprint(config: LabelledConfig) -> str:
     """SHA-256 over the names and contents of the files."""
-    described = [(str(path), sha256_file(path)) for path in _files(config.paths)]
+    described = [(str(path), sha256_file(path)) for path in files(config.paths)]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
@@ -214,7 +214,12 @@ def _label(value: Any, config: LabelledConfig) -> Label:
         raise BadRow(f"the label {value!r} is not a number") from None
 
 
-def _files(paths: Sequence[str]) -> list[Path]:
+def files(paths: Sequence[str]) -> list[Path]:
+    """The files that these paths and globs name, in order.
+
+    Raises:
+        DataError: one names none.
+    """
     found: list[Path] = []
     for pattern in paths:
         here = [Path(pattern)] if Path(pattern).is_file() else sorted(Path(name) for name in glob(pattern))

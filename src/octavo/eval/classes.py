@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 RESAMPLES = 2000
+SHOWN_CLASSES = 100  # of more there is no table of who was taken for whom
 
 
 def interval(
@@ -37,6 +38,14 @@ def macro_f1(given: np.ndarray, said: np.ndarray) -> float:
     return float((2 * both[seen] / (there + named)[seen]).mean()) if seen.any() else 1.0
 
 
+def confusion(given: np.ndarray, said: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+    """How often each class (row) was said to be each (column), where there are not too many to read."""
+    n = len(names)
+    if n > SHOWN_CLASSES:
+        return {}
+    return {"confusion": np.bincount(given * n + said, minlength=n * n).reshape(n, n).tolist()}
+
+
 def judge(given: np.ndarray, scores: np.ndarray, names: Sequence[str], problem: str) -> dict[str, Any]:
     """The figures of a head of classes.
 
@@ -64,22 +73,38 @@ def judge(given: np.ndarray, scores: np.ndarray, names: Sequence[str], problem: 
         "macro_f1": macro_f1(told, said),
         "macro_f1_interval_95": interval(macro_f1, told, said),
         "majority_accuracy": majority,
+        **(confusion(told, said, names) if problem == "single_label" else {}),
     }
 
 
-def judge_masked(parts: Iterable[tuple[float, int, int]]) -> dict[str, Any]:
-    """Of hidden tokens: ``parts`` are (sum of nats, how many, how many right) of batches."""
-    nats, n, right = (sum(column) for column in zip(*parts, strict=True))
-    return {"tokens": n, "nats_per_token": nats / max(1, n), "accuracy": right / max(1, n)}
+def judge_masked(parts: Iterable[np.ndarray]) -> dict[str, Any]:
+    """Of hidden tokens: ``parts`` (rows, 3) are the sum of nats, how many and how many right, of each row."""
+    rows = np.concatenate(list(parts))
+    nats, n, right = (float(column) for column in rows.sum(0))
+    share = lambda some, _: float(some[:, 2].sum() / max(1.0, some[:, 1].sum()))  # noqa: E731
+    figures = {"tokens": int(n), "nats_per_token": nats / max(1, n), "accuracy": right / max(1, n)}
+    return {**figures, "interval_95": interval(share, rows, rows)}
+
+
+def between(figures: dict[str, Any], name: str = "interval_95") -> str:
+    """An interval of shares in words."""
+    low, high = figures[name]
+    return f"{low:.1%} to {high:.1%}"
 
 
 def lines(result: dict[str, Any]) -> dict[str, str]:
-    """What a person reads first of both, by name."""
+    """What a person reads first of all figures that are not of plain text, by name."""
     found: dict[str, str] = {}
-    if masked := result.get("masked"):
-        found["hidden tokens right"] = (
-            f"{masked['accuracy']:.1%}   ({masked['tokens']:,} tokens, {masked['nats_per_token']:.3f} nats each)"
-        )
+    for name, said in (("masked", "hidden tokens right"), ("mended", "mending tokens right")):
+        if right := result.get(name):
+            found[said] = (
+                f"{right['accuracy']:.1%}   ({between(right)}; {right['tokens']:,} tokens, "
+                f"{right['nats_per_token']:.3f} nats each)"
+            )
+    if written := result.get("pairs"):
+        low, high = written["interval_95"]
+        found["pairs right"] = f"{written['exact_match']:.1%}   ({low:.1%} to {high:.1%}; {written['pairs']:,} pairs)"
+        found["chrF"] = f"{100 * written['chrf']:.1f}"
     if judged := result.get("classes"):
         low, high = judged["interval_95"]
         if "accuracy" in judged:
@@ -91,4 +116,17 @@ def lines(result: dict[str, Any]) -> dict[str, str]:
             found["macro F1"] = f"{judged['macro_f1']:.3f}   ({low:.3f} to {high:.3f})"
         else:
             found["mean squared error"] = f"{judged['mean_squared_error']:.4f}   ({low:.4f} to {high:.4f})"
+    if tagged := result.get("tags"):
+        found["words right"] = (
+            f"{tagged['accuracy']:.1%}   ({between(tagged)}; {tagged['words']:,} words of {tagged['sentences']:,} "
+            f"sentences; commonest tag {tagged['majority_accuracy']:.1%})"
+        )
+        if of_spans := tagged.get("spans"):
+            low, high = of_spans["f1_interval_95"]
+            found["span F1"] = (
+                f"{of_spans['f1']:.3f}   ({low:.3f} to {high:.3f}; precision {of_spans['precision']:.3f}, "
+                f"recall {of_spans['recall']:.3f})"
+            )
+        else:
+            found["macro F1 of tags"] = f"{tagged['macro_f1']:.3f}"
     return found

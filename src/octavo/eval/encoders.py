@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,10 +19,20 @@ def class_scores(model: Any, batch: Any) -> Tensor:
 
 
 @torch.no_grad()
-def hidden_right(model: Any, batch: Any) -> tuple[float, int, int]:
-    """Of a batch's hidden tokens: the sum of nats, how many there are, and how many are foretold."""
+def tags_said(model: Any, batch: Any) -> list[tuple[list[int], list[int]]]:
+    """Of each row of a batch the tags that are given and those that the model says, where there are any."""
+    said, given = model(batch.inputs(), needs=("classes",)).classes.argmax(-1), batch.extra["labels"]
+    there = given >= 0
+    return [(given[row, at].tolist(), said[row, at].tolist()) for row, at in enumerate(there)]
+
+
+@torch.no_grad()
+def hidden_right(model: Any, batch: Any) -> np.ndarray:
+    """Of each row's hidden tokens: the sum of nats, how many there are, and how many are foretold; (B, 3)."""
     chosen = batch.loss_mask > 0
     hidden = model(batch.inputs(), needs=("hidden",)).hidden[chosen]
     logits, aim = full_precision(model.logits(hidden)), batch.targets[chosen]
-    nats = F.cross_entropy(logits, aim, reduction="sum") if len(aim) else logits.new_zeros(())
-    return float(nats), len(aim), int((logits.argmax(-1) == aim).sum())
+    nats = F.cross_entropy(logits, aim, reduction="none").double()
+    each = torch.stack([nats, torch.ones_like(nats), (logits.argmax(-1) == aim).double()], 1)
+    out = torch.zeros(len(chosen), 3, dtype=torch.float64, device=each.device)
+    return out.index_add_(0, chosen.nonzero()[:, 0], each).cpu().numpy()

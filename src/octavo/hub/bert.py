@@ -11,15 +11,11 @@ from typing import Any, ClassVar, Literal, Self
 
 from octavo.errors import CheckpointError
 from octavo.hub.family import Entry, Family, activation, hf_activation
+from octavo.hub.labels import read_labels, write_labels
 from octavo.models.decoder import Decoder
 
 Purpose = Literal["Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification"]
 PURPOSES: tuple[Purpose, ...] = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
-PROBLEMS = {
-    "single_label_classification": "single_label",
-    "multi_label_classification": "multi_label",
-    "regression": "regression",
-}
 
 
 class Encoder(Family):
@@ -53,36 +49,6 @@ class Encoder(Family):
         if config.classes is not None:
             return "ForTokenClassification" if config.classes.over == "token" else "ForSequenceClassification"
         return "Model" if config.head_transform is None else "ForMaskedLM"
-
-    # ------------------------------------------------------------------------------------------ classes
-
-    def read_labels(self, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """The classes' names or number, and what they mean."""
-        named = hf.get("id2label") or {}
-        n = len(named) or hf.get("num_labels") or 2
-        names = [str(named[key]) for key in sorted(named, key=int)]
-        told = {"n_classes": n} if names == _plain(len(names)) else {"labels": names}
-        problem = hf.get("problem_type") or ("regression" if n == 1 else "single_label_classification")
-        if problem not in PROBLEMS:
-            raise self.refuse("problem_type", problem)
-        return {**told, "problem": PROBLEMS[problem], "over": "token" if "Token" in self.purpose else "sequence"}
-
-    def write_labels(self, config: Decoder.Config) -> dict[str, Any]:
-        classes = config.classes
-        if classes is None:
-            return {}
-        names = list(classes.labels or _plain(classes.n))
-        problem = next(theirs for theirs, ours in PROBLEMS.items() if ours == classes.problem)
-        return {
-            "id2label": {str(i): name for i, name in enumerate(names)},
-            "label2id": {name: i for i, name in enumerate(names)},
-            "problem_type": problem,
-        }
-
-
-def _plain(n: int) -> list[str]:
-    """The names that transformers gives to classes without any."""
-    return [f"LABEL_{i}" for i in range(n)]
 
 
 class Bert(Encoder):
@@ -173,7 +139,7 @@ class Bert(Encoder):
         own = hf.get("classifier_dropout")
         pooler = {"activation": "tanh", "norm": False}
         return {
-            **self.read_labels(hf),
+            **read_labels(self, hf, "token" if "Token" in self.purpose else "sequence"),
             "dropout": dropout if own is None else own,
             "transform": None if "Token" in self.purpose else pooler,
         }
@@ -199,7 +165,7 @@ class Bert(Encoder):
             "tie_word_embeddings": True,
             **self.write_offset(positions.offset),
             **({"classifier_dropout": config.classes.dropout} if config.classes else {}),
-            **self.write_labels(config),
+            **write_labels(config),
         }
 
     def entries(self, config: Decoder.Config) -> list[Entry]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from octavo.hub.family import Entry, Family, activation, hf_activation
+from octavo.hub.labels import read_labels, write_labels
 from octavo.hub.rope_words import WORDS, read_scaling, write_scaling
 from octavo.models.block import BlockConfig, NormPlacement
 from octavo.models.decoder import Decoder
 
 KINDS = {"full_attention": False, "sliding_attention": True}  # layer_types, and whether a window is meant
+
+# Those that transformers has with a head of classes, `score`, in the place of the language model's.
+CLASSIFIED = frozenset({"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM"})
 
 
 class Llama(Family):
@@ -174,6 +178,32 @@ class Llama(Family):
         norms = [Entry(f"{theirs}.{norm}.weight", (f"{ours}.{part}.weight",)) for norm, part in self.norms.items()]
         return [*self.mixer_entries(block, theirs, ours), *self.channel_entries(block, theirs, ours), *norms]
 
+    # ------------------------------------------------------------------------------------------- classes
+
+    def read_classes(self, hf: Mapping[str, Any]) -> dict[str, Any]:
+        """The head of classes of a folder that has one: of the last token, or of every token with a bias."""
+        named = (hf.get("architectures") or [""])[0]
+        if self.architecture not in CLASSIFIED or named not in (known := self._classified()):
+            return {}
+        over = known[named]
+        head: dict[str, Any] = {"pooling": "last", "bias": False}
+        if over == "token":
+            dropout = next((hf[k] for k in ("classifier_dropout", "hidden_dropout") if hf.get(k) is not None), 0.1)
+            head = {"bias": hf.get("token_classification_bias", True), "dropout": dropout}
+        return {"tie_embeddings": True, "classes": {**read_labels(self, hf, over), **head}}
+
+    def write_classes(self, config: Decoder.Config) -> dict[str, Any]:
+        if config.classes is None or self.architecture not in CLASSIFIED:
+            return {}
+        named = next(name for name, over in self._classified().items() if over == config.classes.over)
+        own = {"classifier_dropout": config.classes.dropout} if config.classes.over == "token" else {}
+        bias = {} if config.classes.bias or config.classes.over != "token" else {"token_classification_bias": False}
+        return {"architectures": [named], **write_labels(config), **own, **bias}
+
+    def _classified(self) -> dict[str, Literal["sequence", "token"]]:
+        stem = self.architecture.removesuffix("ForCausalLM")
+        return {f"{stem}ForSequenceClassification": "sequence", f"{stem}ForTokenClassification": "token"}
+
     # ------------------------------------------------------------------------------------------ contract
 
     def read(self, hf: Mapping[str, Any]) -> Decoder.Config:
@@ -207,6 +237,7 @@ class Llama(Family):
                 "norm": self.read_norm(hf),
                 **self.read_positions(hf),
                 **self.read_ends(hf),
+                **self.read_classes(hf),
             }
         )
 
@@ -222,6 +253,7 @@ class Llama(Family):
             **self.write_positions(config),
             **self.write_windows([getattr(block.mixer, "window", None) for block in blocks]),
             **self.write_ends(config),
+            **self.write_classes(config),
         }
 
     def fits(self, config: Decoder.Config) -> bool:
@@ -236,6 +268,9 @@ class Llama(Family):
         ]
         if not config.tie_embeddings:
             found.append(Entry(self.head, ("head.weight",)))
+        if config.classes is not None:
+            for part in ("weight", "bias") if config.classes.bias else ("weight",):
+                found.append(Entry(f"score.{part}", (f"classes.out.{part}",)))
         for i, name in enumerate(config.layer_names()):
             found += self.layer_entries(config.blocks[name], f"{root}layers.{i}", f"blocks.{i}.layers")
         return found

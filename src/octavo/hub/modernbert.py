@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from octavo.hub.bert import Encoder, Purpose
 from octavo.hub.family import Entry, activation, hf_activation
+from octavo.hub.labels import read_labels, write_labels
 from octavo.models.decoder import Decoder
 
 THETAS = {"full_attention": ("global_rope_theta", 160_000.0), "sliding_attention": ("local_rope_theta", 10_000.0)}
@@ -65,7 +66,7 @@ class ModernBert(Encoder):
         }
         masked, classified = me.purpose == "ForMaskedLM", "Classification" in me.purpose
         classes = {
-            **me.read_labels(hf),
+            **read_labels(self, hf, "token" if "Token" in me.purpose else "sequence"),
             "pooling": {"cls": "first", "mean": "mean"}[hf.get("classifier_pooling") or "cls"],
             "transform": dense,
             "dropout": hf.get("classifier_dropout") or 0.0,
@@ -132,7 +133,7 @@ class ModernBert(Encoder):
             "rope_parameters": {kind: {"rope_type": "default", "rope_theta": theta[kind]} for kind in THETAS},
             **{THETAS[kind][0]: theta[kind] for kind in THETAS},
             "tie_word_embeddings": True,
-            **self.write_labels(config),
+            **write_labels(config),
         }
 
     def _dense(self, config: Decoder.Config) -> Any:

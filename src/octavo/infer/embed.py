@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -13,11 +13,12 @@ from octavo.errors import UnsupportedError
 from octavo.models.heads import Pooling, pool
 from octavo.nn.contracts import Inputs
 from octavo.tokenizer.frame import frame
+from octavo.tokenizer.words import Aligner, rows_of
 
 if TYPE_CHECKING:
     from octavo.tokenizer import Tokenizer
 
-BATCH_TOKENS = 8192
+BATCH_TOKENS = 2048  # more do not fit into the cache, and are slower
 
 
 @torch.no_grad()
@@ -82,6 +83,55 @@ def classify(
         return model(inputs, needs=("classes",)).classes.float()
 
     return _by_length(framed, scores, classes.n, tokenizer.special.pad or 0, progress)
+
+
+@torch.no_grad()
+def tag(
+    model: Any,
+    tokenizer: Tokenizer,
+    sentences: Sequence[Sequence[str]],
+    *,
+    separator: str = " ",
+    pieces: Literal["first", "last"] = "first",
+    max_tokens: int | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[list[str]]:
+    """The tag of every word of every sentence, by a head of classes over tokens.
+
+    Args:
+        sentences: as words. One that is too long is read in parts, each of whole words.
+        separator: what stands between two words of the text, as in training.
+        pieces: which of a word's tokens is asked, as in training.
+        max_tokens: of a part, special tokens with it; default: what the model reads.
+        progress: told how many sentences are done, or nearly so.
+
+    A word that the vocabulary has no token for gets the first of the tags.
+
+    Raises:
+        UnsupportedError: the model has no such head.
+    """
+    classes = model.config.classes
+    if classes is None or classes.over != "token":
+        raise UnsupportedError("the model has no classes of tokens", fix="tune one: tune.data.kind=tagged")
+    names = classes.labels or tuple(f"LABEL_{i}" for i in range(classes.n))
+    rows = rows_of(Aligner(tokenizer, separator=separator), sentences, max_tokens or model.max_seq_len, pieces)
+
+    def said(inputs: Inputs) -> torch.Tensor:
+        found = model(replace(inputs, token_types=None), needs=("classes",)).classes.argmax(-1)
+        return torch.nn.functional.pad(found, (0, longest - found.shape[1]))
+
+    longest = max((len(row.ids) for row in rows), default=1)
+    framed = [(row.ids, [0] * len(row.ids)) for row in rows]
+    share = len(sentences) / max(1, len(rows))
+    found = _by_length(
+        framed, said, longest, tokenizer.special.pad or 0, lambda done: progress(min(len(sentences), int(done * share)))
+    )
+    out: list[list[str]] = [[names[0]] * len(words) for words in sentences]
+    for row, numbers in zip(rows, found.astype(np.int64), strict=True):
+        for word, at in zip(row.words, row.read_at, strict=True):
+            if at >= 0:
+                out[row.sentence][word] = names[numbers[at]]
+    return out
 
 
 def _by_length(

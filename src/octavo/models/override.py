@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from octavo.errors import UnsupportedError
 from octavo.models.decoder import Decoder, build
 from octavo.models.heads import ClassesConfig, Pooling, Problem, TransformConfig
@@ -26,24 +28,35 @@ def carried_over(model: Decoder, config: Decoder.Config, *, seed: int = 0) -> De
 
 
 def with_classes(config: Decoder.Config, classes: ClassesConfig) -> Decoder.Config:
-    """``config`` with a head of classes; an encoder's language-model head is left out, as its families do."""
-    bare = (
-        {} if config.causal else {"head_transform": None, "head_bias": config.head_bias and not config.tie_embeddings}
-    )
+    """``config`` with a head of classes; the language model's own weights before its logits are left out.
+
+    So do the families that have such heads; a decoder's logits are then those of its embedding, and of no use.
+    """
+    bare: dict[str, object] = {"head_transform": None, "head_bias": config.head_bias and not config.tie_embeddings}
+    if config.causal:
+        bare = {"tie_embeddings": True, "head_bias": False}
     return type(config).model_validate(config.model_copy(update={**bare, "classes": classes}).model_dump())
 
 
 def head_for(
-    config: Decoder.Config, names: tuple[str, ...], problem: Problem, pooling: Pooling | None = None
+    config: Decoder.Config,
+    names: tuple[str, ...],
+    problem: Problem,
+    pooling: Pooling | None = None,
+    *,
+    over: Literal["sequence", "token"] = "sequence",
 ) -> ClassesConfig:
     """A head for these classes: the one that ``config`` has, if it is of the same; else the usual one for such a model.
 
-    A decoder's is one product on its last token, an encoder's BERT's: its first token through a layer with tanh.
+    A decoder's is one product on its last token, an encoder's BERT's: its first token through a layer with tanh. Over
+    tokens it is one product with a bias on either.
     """
     own = config.classes
-    same = own is not None and own.over == "sequence" and own.n == len(names) and (own.labels or names) == names
+    same = own is not None and own.over == over and own.n == len(names) and (own.labels or names) == names
     if own is not None and same and own.problem == problem and pooling in (None, own.pooling):
         return own.model_copy(update={"labels": names, "n_classes": None})
+    if over == "token":
+        return ClassesConfig(labels=names, over="token", dropout=0.1)
     if config.causal:
         return ClassesConfig(labels=names, pooling=pooling or "last", bias=False, problem=problem)
     pooler = TransformConfig(activation="tanh", norm=False)
