@@ -1,31 +1,38 @@
-"""Decoding steps in one native call: what a small model spends in Python and dispatch, it spends on weights here.
+"""Whole decoder steps in one native call: what a small model spends in Python and dispatch, it spends on weights here.
 
-Serves models of the common kind (see ``unsuitable``) on the CPU, one new token for each of some rows; prompts
-are read by the model itself, and any other model decodes through its own forward pass, which is also the twin
-that this is tested against. Activations are fp32 whatever the weights are.
+Serves models of the common kind (see ``unsuitable``) on the CPU: any rows of any sequences whose keys and values lie
+in blocks of a pool (nn/kernels/decode.cpp). Any other model decodes through its own forward pass, which is also the
+twin that this is tested against. Activations are fp32 whatever the weights are.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any
+import weakref
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from octavo.infer.packing import GROUPS, Arena, Order, Packed, Source, pack
 from octavo.models.decoder import Decoder
 from octavo.nn.attention import Attention
 from octavo.nn.kernels import build
 from octavo.nn.mlp import Glu, Mlp
 from octavo.nn.norm import RMSNorm
+from octavo.nn.quantized import Quantized, QuantizedProjection
 from octavo.nn.reader import FullReader
 from octavo.nn.rope import RotaryPositions
 from octavo.nn.state import ContiguousState
 from octavo.schema import Config
 
+Weights = Literal["model", "bf16", "int8", "int4"]
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
-BITS = {torch.float32: 32, torch.bfloat16: 16}
+DTYPES = (torch.float32, torch.bfloat16)
+ASKED = ("tokens", "sequence", "slots", "positions", "first", "wanted", "tables")
+TURNS = 512  # positions whose rotation is computed at a time
 # The settings that the native step follows, or ``unsuitable`` asks about by name. Any other has to be at its default.
 KNOWN = {
     "the model": frozenset(
@@ -45,27 +52,30 @@ KNOWN = {
 def library() -> tuple[ctypes.CDLL | None, str]:
     """The native library of this process, or why there is none; tried once."""
     try:
-        loaded = ctypes.CDLL(str(build.build("decode")))
-        calls: list[ctypes.c_void_p | None] = [build.team(), None, None]
-        if calls[0] is not None:  # the same runtime's own counts
-            names = ("omp_get_num_threads", "omp_get_thread_num")
-            calls[1:] = [ctypes.cast(getattr(ctypes.CDLL(None), name), ctypes.c_void_p) for name in names]
-        loaded.decode_new.restype = ctypes.c_void_p
-        loaded.decode_free.argtypes = (ctypes.c_void_p,)
-        loaded.decode_step.argtypes = (ctypes.c_void_p, ctypes.c_int64, *(ctypes.c_void_p,) * 5, ctypes.c_int)
-        loaded.decode_init.argtypes = (ctypes.c_void_p,) * 3
-        loaded.decode_init(*calls)
-        return loaded, ""
+        return load(), ""
     except (build.Unavailable, OSError, AttributeError) as error:
         return None, str(error)
 
 
-def unsuitable(model: Any, state: Any) -> str:
+def load(*, emulated: bool = False) -> ctypes.CDLL:
+    """The library; ``emulated`` without the processor's dot products of whole numbers, in plain loops."""
+    loaded = ctypes.CDLL(str(build.build("decode", emulated=emulated)))
+    address = ctypes.c_void_p
+    loaded.decode_new.restype = address
+    loaded.decode_new.argtypes = (address,) * 3
+    loaded.decode_free.argtypes = (address,)
+    loaded.decode_step.argtypes = (address,) * 8
+    loaded.decode_print.argtypes = (address, ctypes.c_int64)
+    loaded.decode_print.restype = ctypes.c_uint64
+    return loaded
+
+
+def unsuitable(model: Any) -> str:
     """Why ``model`` does not decode natively, in a few words; empty if it does."""
-    if not isinstance(model, Decoder) or not isinstance(state, ContiguousState):
-        return "not a decoder with a contiguous state"
+    if not isinstance(model, Decoder):
+        return "not a decoder"
     config, weight = model.config, model.embed.weight
-    if weight.device.type != "cpu" or weight.dtype not in BITS:
+    if weight.device.type != "cpu" or weight.dtype not in DTYPES:
         return "not fp32 or bf16 on the CPU"
     if config.positions.kind not in ("rope", "none"):
         return f"positions {config.positions.kind}"
@@ -75,7 +85,7 @@ def unsuitable(model: Any, state: Any) -> str:
         return "a scaled or normed embedding, or capped logits"
     if why := _beyond("the model", config):
         return why
-    norms = [model.norm]
+    norms, head_norms = [model.norm], []
     for block in model.stack():
         parts = dict(block.sub_layers())
         attention, channel = parts["mixer"].mixer, parts["channel"].mixer if "channel" in parts else None
@@ -92,66 +102,191 @@ def unsuitable(model: Any, state: Any) -> str:
         settings = {"a block": block.config, "attention": attention.config, "a channel mixer": channel.config}  # type: ignore[union-attr]
         if why := next(filter(None, map(_beyond, settings, settings.values())), ""):
             return why
-        heads = [attention.q_norm, attention.k_norm]
-        if any(norm is not None and norm.d != attention.head_dim for norm in heads):
+        if why := next(filter(None, map(_mixed, _together(attention, channel))), ""):
+            return why
+        own = [norm for norm in (attention.q_norm, attention.k_norm) if norm is not None]
+        if any(norm.d != attention.head_dim for norm in own):
             return "norms over all heads"
-        norms += [parts["mixer"].norm_in, parts["channel"].norm_in, *(n for n in heads if n is not None)]
-    if not all(type(norm) is RMSNorm and norm.weight is not None and not norm.offset for norm in norms):
+        norms += [parts["mixer"].norm_in, parts["channel"].norm_in]
+        head_norms += own
+    if not all(type(n) is RMSNorm and n.weight is not None and not n.offset for n in norms + head_norms):
         return "not RMSNorm"
-    if any(parameter.dtype != weight.dtype or not parameter.is_contiguous() for parameter in model.parameters()):
+    if len({n.eps for n in norms}) > 1 or len({n.eps for n in head_norms}) > 1:  # type: ignore[union-attr]
+        return "norms with several eps"
+    if model.head is not None and (why := _mixed([model.head])):
+        return why
+    if any(parameter.dtype != weight.dtype for parameter in model.parameters()):
         return "weights of several kinds"
-    shapes = {tuple(p.shape for p in block.parameters()) for block in model.stack()}
     kinds = {block.config.model_copy(update={"dropout": 0.0}).model_dump_json() for block in model.stack()}
-    if len(shapes) > 1 or len(kinds) > 1:
-        return "blocks of several kinds"
-    return ""
+    return "blocks of several kinds" if len(kinds) > 1 else ""
 
 
-class NativeStep:
-    """One step of ``model`` on ``state``: built once for a conversation, called for each token.
+class NativeModel:
+    """The weights of ``model``, packed once, and the steps of any number of sequences on them.
+
+    The packed copy is in memory beside the model's own weights, which are only read again for the embedding of
+    tokens; weights that change afterwards are not followed (``packed`` makes a new one then). ``weights`` ``model``
+    keeps the format of each weight (fp32, bf16, or the codes of a quantised projection); ``bf16``, ``int8`` and
+    ``int4`` round what has none yet, the codes to nearest, with one scale for ``group`` inputs.
 
     Raises:
-        ValueError: ``unsuitable`` says why.
+        ValueError: ``unsuitable`` or ``library`` says why.
     """
 
-    def __init__(self, model: Decoder, state: ContiguousState):
-        loaded, why = library()
-        why = why or unsuitable(model, state)
+    def __init__(
+        self, model: Decoder, weights: Weights = "model", *, group: int = 64, library: ctypes.CDLL | None = None
+    ):
+        loaded, why = (library, "") if library is not None else globals()["library"]()
+        why = unsuitable(model) or why
         if loaded is None or why:
             raise ValueError(why)
-        self.library, self.model, self.state = loaded, model, state
+        if weights not in get_args(Weights) or group not in GROUPS:
+            raise ValueError(f"weights {weights} in groups of {group}: {', '.join(get_args(Weights))} of 16 to 256 are")
+        self.library, self.positions, self.vocab_size = loaded, model.positions, model.vocab_size
+        self.embedding = model.embed.weight.detach()
+        self.arena = Arena()
+        self.keep: list[Tensor] = [self.embedding]
         blocks = [dict(block.sub_layers()) for block in model.stack()]
         attention, channel = blocks[0]["mixer"].mixer, blocks[0]["channel"].mixer
         assert isinstance(attention, Attention) and isinstance(channel, (Glu, Mlp))
         rope = model.positions if isinstance(model.positions, RotaryPositions) else None
-        self.caches = [state.layers[f"{depth}.mixer"].buffers for depth in range(len(model.uses))]
-        H, G, K = attention.n_heads, attention.n_kv_heads, attention.head_dim
+        self.heads = attention.n_kv_heads, attention.head_dim
+        self.n_layers, self.R = len(blocks), rope.dim if rope else 0
+        self.turns = torch.empty(0, self.R)
         sizes = [
-            model.config.d_model, H, G, K, channel.up.d_out, model.vocab_size, len(blocks),
-            self.caches[0]["k"].shape[1], rope.dim if rope else 0,
-            int(rope is not None and rope.config.layout == "interleaved"),
-            ACTIVATIONS[channel.config.activation], len(state.lengths),
+            model.config.d_model, attention.n_heads, *self.heads, model.vocab_size, self.n_layers, self.R,
+            int(rope is not None and rope.config.layout == "interleaved"), ACTIVATIONS[channel.config.activation],
+            int(isinstance(channel, Glu)), int(self.embedding.dtype == torch.bfloat16),
         ]  # fmt: skip
         head_norm = attention.q_norm or attention.k_norm
-        floats = [_eps(model.norm), _eps(head_norm), attention.config.scale or K**-0.5]
-        if any(_eps(part.norm_in) != floats[0] for block in blocks for part in block.values()):
-            raise ValueError("norms with several eps")
-        pointers: list[Tensor | None] = [model.embed.weight, model.norm.weight, *_head(model)]  # type: ignore[list-item]
+        floats = [_eps(model.norm), _eps(head_norm), attention.config.scale or attention.head_dim**-0.5]
+        rounding = weights, group
+        head: Any = model.head if model.head is not None else Source(self.embedding, model.head_bias)
+        parts = [self.embedding.data_ptr(), self._floats(model.norm), *self._matrix(rounding, "plain", [head])]
+        packed: dict[int, list[int]] = {}
         for block in blocks:
-            own, wide = block["mixer"].mixer, block["channel"].mixer
-            assert isinstance(own, Attention) and isinstance(wide, (Glu, Mlp))
-            norms = [block["mixer"].norm_in, block["channel"].norm_in, own.q_norm, own.k_norm]
-            pointers += [getattr(norm, "weight", None) for norm in norms]
-            for product in (own.q, own.k, own.v, own.o, getattr(wide, "gate", None), wide.up, wide.down):
-                pointers += [getattr(product, "weight", None), getattr(product, "bias", None)]
-        bits = BITS[model.embed.weight.dtype]
+            key = id(block["mixer"])
+            packed[key] = packed[key] if key in packed else self._layer(rounding, block)
+            parts += packed[key]
         self.handle = loaded.decode_new(
-            (ctypes.c_int64 * len(sizes))(*sizes), (ctypes.c_float * 3)(*floats), bits, _addresses(pointers)
+            (ctypes.c_int64 * len(sizes))(*sizes),
+            (ctypes.c_float * 3)(*floats),
+            (ctypes.c_int64 * len(parts))(*parts),
         )
 
     def __del__(self) -> None:
         if getattr(self, "handle", None):
-            self.library.decode_free(ctypes.c_void_p(self.handle))
+            self.library.decode_free(self.handle)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the packed weights."""
+        return self.arena.used
+
+    def _layer(self, rounding: tuple[Weights, int], block: dict[str, Any]) -> list[int]:
+        own, wide = block["mixer"].mixer, block["channel"].mixer
+        norms = [block["mixer"].norm_in, block["channel"].norm_in, own.q_norm, own.k_norm]
+        qkv, o, up, down = _together(own, wide)
+        return [
+            *map(self._floats, norms),
+            *self._matrix(rounding, "heads", qkv, own.head_dim),
+            *self._matrix(rounding, "plain", o),
+            *self._matrix(rounding, "gated" if len(up) > 1 else "plain", up),
+            *self._matrix(rounding, "plain", down),
+        ]
+
+    def _matrix(self, rounding: tuple[Weights, int], order: Order, products: list[Any], head_dim: int = 0) -> list[int]:
+        made: Packed = pack(self.arena, [Source.of(p, *rounding) for p in products], order, head_dim)
+        return made.numbers()
+
+    def _floats(self, norm: nn.Module | None) -> int:
+        if norm is None:
+            return 0
+        self.keep.append(norm.weight.detach().float().contiguous())  # type: ignore[union-attr, operator]
+        return self.keep[-1].data_ptr()
+
+    @torch.inference_mode()
+    def step(
+        self,
+        tokens: Tensor,
+        sequence: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        tables: Tensor,
+        block_size: int,
+        first: Tensor,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        wanted: Tensor,
+    ) -> Tensor:
+        """Run N tokens through the model, writing their keys and values before any is read.
+
+        A row's logits do not depend on which other rows are in the step, nor on which blocks hold what it reads.
+
+        Args:
+            tokens: (N,) int64, as are the next four.
+            sequence: whose each token is: a row of ``tables``.
+            slots: where its key and value go; no slot of a sequence twice in a step.
+            positions: what it is rotated by.
+            tables: (n_sequences, n_max) int32, the blocks that hold slots 0, 1, ... of a sequence.
+            block_size: slots of a block.
+            first: the first slot each token reads; it reads on to its own.
+            keys: of each layer, (n_blocks * block_size, G, K), fp32 or bf16, contiguous.
+            values: like ``keys``.
+            wanted: (W,) int64, the rows whose logits are needed.
+
+        Returns:
+            logits (W, V) float32.
+
+        Raises:
+            ValueError: a number is outside of what it counts, or a pool is not as described.
+        """
+        numbers = torch.stack([tokens, sequence, slots, positions, first])
+        N, W = len(tokens), len(wanted)
+        if self.R and N and (highest := int(positions.max())) >= len(self.turns):
+            self._turn(highest)
+        pool = keys[0]
+        for t in (*keys, *values):
+            if t.shape != pool.shape or t.dtype != pool.dtype or not t.is_contiguous():
+                raise ValueError("pools of several shapes or kinds, or not contiguous")
+        if pool.shape[1:] != self.heads or pool.dtype not in DTYPES or len(keys) != len(values) != self.n_layers:
+            raise ValueError(f"pools of {len(keys)} layers, {tuple(pool.shape)}, {pool.dtype} do not fit the model")
+        n_positions = len(self.turns) if self.R else 2**62
+        counts = [
+            N, W, tables.shape[1], block_size, len(tables), n_positions, len(pool) // block_size,
+            int(pool.dtype == torch.bfloat16), torch.get_num_threads(),
+        ]  # fmt: skip
+        addresses = [t.data_ptr() for pair in zip(keys, values, strict=True) for t in pair]
+        tables, wanted = tables.to(torch.int32).contiguous(), wanted.contiguous()
+        logits = torch.empty(W, self.vocab_size)
+        refused = self.library.decode_step(
+            self.handle, (ctypes.c_int64 * len(counts))(*counts), numbers.data_ptr(), wanted.data_ptr(),
+            tables.data_ptr(), self.turns.data_ptr(), (ctypes.c_int64 * len(addresses))(*addresses), logits.data_ptr(),
+        )  # fmt: skip
+        if refused:
+            raise ValueError(f"a number of {ASKED[refused - 1]} is outside of what it counts")
+        return logits
+
+    def _turn(self, highest: int) -> None:
+        """Rotations up to that position, always computed in the same pieces: the same bits whoever asks first."""
+        pieces = [self.turns]
+        for start in range(len(self.turns), highest + 1, TURNS):
+            rotation = self.positions.rotation(torch.arange(start, start + TURNS)[:, None])
+            assert rotation is not None
+            pieces.append(torch.cat([rotation.cos.flatten(1), rotation.sin.flatten(1)], 1).float())
+        self.turns = torch.cat(pieces).contiguous()
+
+
+class NativeStep:
+    """Steps of ``packed`` weights on a contiguous state: blocks as long as a row, each its own.
+
+    Raises:
+        ValueError: the model is not served (``unsuitable``).
+    """
+
+    def __init__(self, model: Decoder, state: ContiguousState):
+        self.model, self.state = packed(model), state
+        self.caches = [state.layers[f"{depth}.mixer"].buffers for depth in range(self.model.n_layers)]
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, rows: Tensor) -> Tensor:
@@ -168,17 +303,37 @@ class NativeStep:
             ResourceError: the state is full.
         """
         slots, starts = self.state.advance(rows)
-        model, M = self.model, len(tokens)
-        rotation = model.positions.rotation((slots - starts)[:, None])
-        cos, sin = (rotation.cos.contiguous(), rotation.sin.contiguous()) if rotation is not None else (None, None)
-        numbers = torch.cat([tokens, rows, slots, starts])
-        logits = torch.empty(M, model.vocab_size)
-        caches = _addresses([cache[name] for cache in self.caches for name in ("k", "v")])
-        self.library.decode_step(
-            self.handle, M, numbers.data_ptr(), cos.data_ptr() if cos is not None else None,
-            sin.data_ptr() if sin is not None else None, caches, logits.data_ptr(), torch.get_num_threads(),
+        tables = torch.arange(len(self.state.lengths), dtype=torch.int32)[:, None]
+        keys, values = ([cache[name].flatten(0, 1) for cache in self.caches] for name in ("k", "v"))
+        return self.model.step(
+            tokens, rows, slots, slots - starts, tables, self.state.max_tokens + 1, starts, keys, values,
+            torch.arange(len(tokens)),
         )  # fmt: skip
-        return logits
+
+
+_PACKED: weakref.WeakKeyDictionary[Decoder, tuple[int, NativeModel]] = weakref.WeakKeyDictionary()
+
+
+def packed(model: Decoder) -> NativeModel:
+    """The model's weights in their own formats, packed at the first call and whenever they are not the same any more.
+
+    What they are is read, at the cost of about one token: a version counter misses what writes past it.
+    """
+    loaded, why = library()
+    if loaded is None:
+        raise ValueError(why)
+    seen = fingerprint(model, loaded)
+    held = _PACKED.get(model)
+    if held is None or held[0] != seen or held[1].positions is not model.positions:
+        _PACKED.pop(model, None)  # before the next is made: not two at a time
+        held = _PACKED[model] = (seen, NativeModel(model))
+    return held[1]
+
+
+def fingerprint(model: nn.Module, loaded: ctypes.CDLL) -> int:
+    """A number that says what all weights of ``model`` are, bit for bit."""
+    tensors = [t.detach().contiguous() for t in (*model.parameters(), *model.buffers())]
+    return hash(tuple(loaded.decode_print(t.data_ptr(), t.nbytes) for t in tensors))
 
 
 def _beyond(what: str, config: Config) -> str:
@@ -189,14 +344,24 @@ def _beyond(what: str, config: Config) -> str:
     return ""
 
 
+def _together(attention: Any, channel: Any) -> list[list[Any]]:
+    """The products that are made as one: qkv, o, up with its gate, down."""
+    up = [channel.gate, channel.up] if isinstance(channel, Glu) else [channel.up]
+    return [[attention.q, attention.k, attention.v], [attention.o], up, [channel.down]]
+
+
+def _mixed(products: list[Any]) -> str:
+    """Why products that are made as one cannot be, in words."""
+    small = [p for p in products if isinstance(p, Quantized)]
+    if any(not isinstance(p, QuantizedProjection) for p in small):
+        return "weights of 8-bit floats"
+    if any(p.storage.activations != "model" for p in small):  # type: ignore[union-attr]
+        return "activations rounded to 8 bits"
+    if wide := next((p.group for p in small if p.group not in GROUPS), 0):
+        return f"one scale for {wide} inputs"
+    kinds = {(p.bits, p.group) if isinstance(p, QuantizedProjection) else None for p in products}
+    return "weights of several kinds" if len(kinds) > 1 else ""
+
+
 def _eps(norm: nn.Module | None) -> float:
     return float(getattr(norm, "eps", 0.0))
-
-
-def _head(model: Decoder) -> list[Tensor | None]:
-    head = model.output_head()
-    return [head.weight, head.bias]
-
-
-def _addresses(tensors: list[Tensor | None]) -> Any:
-    return (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))

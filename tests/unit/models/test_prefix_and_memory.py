@@ -190,7 +190,7 @@ def test_what_has_no_memory_is_refused_by_name():
     with pytest.raises(UnsupportedError, match="a memory of 3 rows for 2"):
         decoder(cross=CROSS)(Inputs(tokens(), memory=memory(3)))
     model = decoder(cross=CROSS).float()
-    assert native.unsuitable(model, model.new_state(1, 4))
+    assert native.unsuitable(model)
 
 
 @pytest.mark.parametrize(

@@ -218,7 +218,7 @@ def test_a_layer_that_would_keep_turned_keys_is_refused():
 
 def test_the_native_step_declines_a_growing_base():
     dynamic = model({"kind": "rope", "scaling": "dynamic"}).float()
-    assert unsuitable(dynamic, dynamic.new_state(1, 8)) == "a rotation that depends on the length of the text"
+    assert unsuitable(dynamic) == "a rotation that depends on the length of the text"
 
 
 # -------------------------------------------------------------------------------------------- refusals

@@ -1,138 +1,54 @@
-// One decoding step of a whole decoder: a token for each of some rows in, their logits out. One call a step, one team
-// of threads for all of it, weights read where torch keeps them. What bounds it is reading the weights once.
-// Activations are fp32 throughout, for fp32 and bf16 weights.
+// A step of a whole decoder: some tokens of some sequences in, logits out. One call a step and one team of threads for
+// all of it; what bounds it is reading the weights once. Decoding, a piece of a prompt and the verification of a draft
+// are the same step: all keys and values are written before any is read, and what a token gets depends on no other.
+// Activations are fp32 throughout, rounded to 15 bits only for products with quantised weights.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <memory>
-#include <thread>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
-#include "vectors.h"
+#include "decode_attention.h"
+#include "decode_product.h"
+#include "decode_team.h"
 
 namespace octavo {
 namespace {
 
-typedef float LooseFloats __attribute__((vector_size(kVector * 4), aligned(4), may_alias));
-typedef uint16_t LooseHalves __attribute__((vector_size(kVector * 2), aligned(2), may_alias));
-typedef uint32_t Words __attribute__((vector_size(kVector * 4), may_alias));
-
-inline Floats read(const float* p) { return *reinterpret_cast<const LooseFloats*>(p); }
-inline Floats read(const bf16* p) {
-  const Words bits = __builtin_convertvector(*reinterpret_cast<const LooseHalves*>(p), Words) << 16;
-  Floats x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
+// x * sigmoid(k x), by 16.
+inline Lanes swish(Lanes x, Lanes kx) {
+  const Lanes size = kx > -kx ? kx : -kx, e = exponential(-size);  // no overflow: e <= 1
+  const Lanes upper = lanes(1.f) / (lanes(1.f) + e);
+  return x * (kx > Lanes{} ? upper : e * upper);
 }
 
-using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-using Count = int (*)();
-Parallel parallel = nullptr;
-Count team_size = nullptr, member = nullptr;
-
-// Everybody waits here for everybody: some thousand tries, then the core is given up.
-class Barrier {
- public:
-  void size(int n) { n_ = n; }
-  void wait() {
-    if (n_ == 1) return;
-    const uint32_t phase = phase_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == n_) {
-      arrived_.store(0, std::memory_order_relaxed);
-      phase_.store(phase + 1, std::memory_order_release);
-      return;
+inline Lanes activate(int64_t kind, Lanes x) {
+  switch (kind) {
+    case 0: return swish(x, x);  // silu
+    case 1: {                    // gelu
+      Lanes y;
+      for (int i = 0; i < kLanes; ++i) y[i] = 0.5f * x[i] * (1.f + std::erf(x[i] * 0.70710678f));
+      return y;
     }
-    for (int tries = 0; phase_.load(std::memory_order_acquire) == phase; ++tries) {
-      if (tries < 4000) {
-#if defined(__x86_64__)
-        __builtin_ia32_pause();
-#endif
-      } else {
-        std::this_thread::yield();
-      }
-    }
-  }
-
- private:
-  int n_ = 1;
-  std::atomic<int> arrived_{0};
-  std::atomic<uint32_t> phase_{0};
-};
-
-struct Share {
-  int64_t begin, end;
-};
-inline Share share(int64_t n, int64_t grain, int id, int team) {
-  const int64_t blocks = (n + grain - 1) / grain, each = blocks / team, more = blocks % team;
-  const int64_t first = id * each + std::min<int64_t>(id, more);
-  return {std::min(n, first * grain), std::min(n, (first + each + (id < more)) * grain)};
-}
-
-// The i-th product of a layer: W (n_out, n_in) row by row, bias (n_out,) or null.
-template <class W> struct Product {
-  const W* weight;
-  const W* bias;
-  int64_t n_out;
-};
-
-// out[m][o] = x[m] . W[o] + b[o] for M rows of x and the outputs of one share; four outputs at a time.
-template <int M, class W, class Put>
-void multiply_rows(const Product<W>& p, const float* x, int64_t n_in, int64_t stride, Share part, Put put) {
-  constexpr int R = 4;
-  const int64_t whole = n_in / kVector * kVector;
-  for (int64_t o = part.begin; o < part.end; o += R) {
-    const int rows = int(std::min<int64_t>(R, part.end - o));
-    const W* w[R];
-    for (int r = 0; r < R; ++r) w[r] = p.weight + (o + std::min(r, rows - 1)) * n_in;
-    Floats total[R][M] = {};
-    for (int64_t i = 0; i < whole; i += kVector) {
-      Floats v[M];
-      for (int m = 0; m < M; ++m) v[m] = read(x + m * stride + i);
-      for (int r = 0; r < R; ++r) {
-        __builtin_prefetch(w[r] + R * n_in + i);
-        const Floats u = read(w[r] + i);
-        for (int m = 0; m < M; ++m) total[r][m] += u * v[m];
-      }
-    }
-    for (int r = 0; r < rows; ++r)
-      for (int m = 0; m < M; ++m) {
-        float y = sum(total[r][m]);
-        for (int64_t i = whole; i < n_in; ++i) y += to_float(w[r][i]) * x[m * stride + i];
-        put(m, o + r, p.bias ? y + to_float(p.bias[o + r]) : y);
-      }
+    case 2: return swish(x, lanes(1.59576912f) * (x + lanes(0.044715f) * x * x * x));  // its tanh form
+    default: return x > Lanes{} ? x : Lanes{};                                        // relu
   }
 }
 
-template <class W, class Put>
-void multiply(const Product<W>& p, const float* x, int64_t n_in, int64_t stride, int64_t rows, Share part, Put put) {
-  for (int64_t m0 = 0; m0 < rows; m0 += 4) {
-    const auto shifted = [&](int m, int64_t o, float y) { put(m0 + m, o, y); };
-    const float* from = x + m0 * stride;
-    switch (std::min<int64_t>(4, rows - m0)) {
-      case 1: multiply_rows<1>(p, from, n_in, stride, part, shifted); break;
-      case 2: multiply_rows<2>(p, from, n_in, stride, part, shifted); break;
-      case 3: multiply_rows<3>(p, from, n_in, stride, part, shifted); break;
-      default: multiply_rows<4>(p, from, n_in, stride, part, shifted); break;
-    }
-  }
-}
-
-template <class W> void normalise(const float* x, const W* weight, float eps, int64_t n, float* out) {
-  Floats parts = {};
+// out = x / rms(x) * weight.
+void normalise(const float* x, const float* weight, float eps, int64_t n, float* out) {
+  Lanes parts = {};
   int64_t i = 0;
-  for (; i + kVector <= n; i += kVector) parts += read(x + i) * read(x + i);
-  float squares = sum(parts);
+  for (; i + kLanes <= n; i += kLanes) parts += get(x + i) * get(x + i);
+  float squares = 0;
+  for (int j = 0; j < kLanes; ++j) squares += parts[j];
   for (; i < n; ++i) squares += x[i] * x[i];
   const float scale = 1.f / std::sqrt(squares / float(n) + eps);
-  for (i = 0; i < n; ++i) out[i] = x[i] * scale * to_float(weight[i]);
+  for (i = 0; i < n; ++i) out[i] = x[i] * scale * weight[i];
 }
 
-// cos and sin (R/2,) of this token's position; the channels after R are left alone.
+// cos and sin (R/2,) of a position; the channels after R are left alone.
 void rotate(float* x, const float* cos, const float* sin, int64_t R, bool interleaved) {
   const int64_t half = R / 2;
   for (int64_t i = 0; i < half; ++i) {
@@ -143,258 +59,310 @@ void rotate(float* x, const float* cos, const float* sin, int64_t R, bool interl
   }
 }
 
-inline float activate(int64_t kind, float x) {
-  switch (kind) {
-    case 0: return x / (1.f + std::exp(-x));                                                              // silu
-    case 1: return 0.5f * x * (1.f + std::erf(x * 0.70710678f));                                          // gelu
-    case 2: return 0.5f * x * (1.f + std::tanh(0.79788456f * (x + 0.044715f * x * x * x)));               // its tanh form
-    default: return std::max(x, 0.f);                                                                     // relu
-  }
-}
-
-template <class W> struct Layer {
-  const W *norm_mixer, *norm_channel, *q_norm, *k_norm;
-  Product<W> q, k, v, o, gate, up, down;
-  W *keys, *values;  // (rows, entries, G, K)
-};
-
-// Asks the system for large pages under n bytes at p, which are read from end to end for every token. Only a wish.
-void use_large_pages(const void* p, int64_t n) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t size = uintptr_t(2) << 20;
-  constexpr int collapse = 25;  // MADV_COLLAPSE, Linux 6.1: at once, not when the system finds the time
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(p) / size * size;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + uintptr_t(n) + size - 1) / size * size;
-  for (uintptr_t at = begin; at < end; at += size) {
-    madvise(reinterpret_cast<void*>(at), size, MADV_HUGEPAGE);
-    madvise(reinterpret_cast<void*>(at), size, collapse);
-  }
-#endif
-}
-
 struct Sizes {
-  int64_t D, H, G, K, F, V, n_layers, entries, R, interleaved, activation, rows;
-  float eps, head_eps, scale;
+  int64_t D, H, G, K, V, n_layers, R, interleaved, activation, gated, narrow_embedding;
 };
 
-template <class W> class Decoder {
- public:
-  Decoder(const Sizes& s, const void* const* p) : s_(s) {
-    use_large_pages(p[2], s.V * s.D * int64_t(sizeof(W)));
-    embed_ = static_cast<const W*>(*p++);
-    norm_ = static_cast<const W*>(*p++);
-    head_ = {static_cast<const W*>(p[0]), static_cast<const W*>(p[1]), s.V};
-    p += 2;
-    const int64_t wide[7] = {s.H * s.K, s.G * s.K, s.G * s.K, s.D, s.F, s.F, s.D};
-    for (int64_t i = 0; i < s.n_layers; ++i) {
-      Layer<W> l;
-      const W** norms[4] = {&l.norm_mixer, &l.norm_channel, &l.q_norm, &l.k_norm};
-      for (const W** norm : norms) *norm = static_cast<const W*>(*p++);
-      Product<W>* products[7] = {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down};
-      const int64_t deep[7] = {s.D, s.D, s.D, s.H * s.K, s.D, s.D, s.F};
-      for (int j = 0; j < 7; ++j, p += 2) {
-        *products[j] = {static_cast<const W*>(p[0]), static_cast<const W*>(p[1]), wide[j]};
-        if (p[0]) use_large_pages(p[0], wide[j] * deep[j] * int64_t(sizeof(W)));
-      }
-      layers_.push_back(l);
-    }
-  }
+struct Layer {
+  const float *norm_mixer, *norm_channel, *q_norm, *k_norm;
+  Matrix qkv, o, up, down;  // qkv: whole units for each head; up: half of each unit is the gate, if there is one
+};
 
-  // keys, values: of each layer. M tokens; rows[m] is whose, slots[m] where in the cache, starts[m] the first entry it
-  // may read. cos, sin (M, R/2). logits (M, V).
-  void step(int64_t M, const int64_t* tokens, const int64_t* rows, const int64_t* slots, const int64_t* starts,
-            const float* cos, const float* sin, void* const* caches, float* logits, int threads) {
-    for (int64_t i = 0; i < s_.n_layers; ++i) {
-      layers_[size_t(i)].keys = static_cast<W*>(caches[2 * i]);
-      layers_[size_t(i)].values = static_cast<W*>(caches[2 * i + 1]);
-    }
-    M_ = M, tokens_ = tokens, rows_ = rows, slots_ = slots, starts_ = starts, cos_ = cos, sin_ = sin, logits_ = logits;
-    const int64_t inner = s_.H * s_.K, kv = s_.G * s_.K;
-    reserve(x_, M * s_.D), reserve(q_, M * inner), reserve(k_, M * kv), reserve(v_, M * kv);
-    reserve(mixed_, M * inner), reserve(hidden_, M * s_.F);
-    const int team = parallel && team_size && member ? std::max(threads, 1) : 1;
-    own_.resize(size_t(team));
-    if (team == 1) {
-      barrier_.size(1);
-      work(0, 1);
-    } else {
-      parallel([](void* self) { static_cast<Decoder*>(self)->joined(); }, this, unsigned(team), 0);
-    }
+// What a step is asked: N tokens; `sequence` says which of the tables (n_max blocks each) is whose. A token's key and
+// value go to its slot, and it reads the slots from its first one on. turns (positions, R): cos, then sin.
+struct Request {
+  int64_t N, n_wanted, n_max, block_size;
+  const int64_t *tokens, *sequence, *slots, *positions, *first, *wanted;
+  const int32_t* tables;
+  const float* turns;
+  void* const* pools;  // keys and values of each layer
+  float* logits;       // (n_wanted, V)
+};
+
+// Takes pieces of work from what the whole team has to do: who is held up takes fewer.
+struct alignas(64) Counter {
+  std::atomic<int64_t> next{0};
+  int64_t take() { return next.fetch_add(1, std::memory_order_relaxed); }
+};
+
+struct Own {
+  std::vector<float> normed, tile, scratch;
+  Rows rows;
+};
+
+inline float* fit(std::vector<float>& x, int64_t n) {
+  if (int64_t(x.size()) < n) x.resize(size_t(n));
+  return x.data();
+}
+
+class Decoder {
+ public:
+  Sizes s;
+  float eps, head_eps, scale;
+  const void* embedding;
+  const float* norm;
+  Matrix head;
+  std::vector<Layer> layers;
+
+  void step(const Request& request, bool narrow, int threads) {
+    on_team(std::max(threads, 1), [&](Team& team, int id) {
+      if (id == 0) begin(request, team.size());
+      team.meet();
+      if (narrow)
+        Work<bf16>{*this, request, team, own_[size_t(id)]}.run();
+      else
+        Work<float>{*this, request, team, own_[size_t(id)]}.run();
+    });
   }
 
  private:
-  void joined() {
-    const int n = team_size();  // the runtime may give fewer threads than were asked for
-    if (member() == 0) {
-      barrier_.size(n);
-      ready_.store(n, std::memory_order_release);
-    }
-    while (ready_.load(std::memory_order_acquire) == 0) std::this_thread::yield();
-    work(member(), n);
-    barrier_.wait();
-    if (member() == 0) ready_.store(0, std::memory_order_release);
-  }
-
-  static void reserve(std::vector<float>& x, int64_t n) {
-    if (int64_t(x.size()) < n) x.resize(size_t(n));
-  }
-
-  void normalised(const W* weight, std::vector<float>& out) {
-    for (int64_t m = 0; m < M_; ++m) normalise(&x_[size_t(m * s_.D)], weight, s_.eps, s_.D, &out[size_t(m * s_.D)]);
-  }
-
-  void work(int id, int team) {
-    const int64_t D = s_.D, inner = s_.H * s_.K, kv = s_.G * s_.K;
-    std::vector<float>& own = own_[size_t(id)];
-    reserve(own, std::max(M_ * D, s_.entries + 3 * s_.K));
-    if (id == 0)
-      for (int64_t m = 0; m < M_; ++m)
-        for (int64_t i = 0; i < D; ++i) x_[size_t(m * D + i)] = to_float(embed_[tokens_[m] * D + i]);
-    barrier_.wait();
-    const auto into = [](std::vector<float>& y, int64_t width) {
-      return [&y, width](int64_t m, int64_t o, float value) { y[size_t(m * width + o)] = value; };
+  void begin(const Request& r, int threads) {
+    own_.resize(std::max(own_.size(), size_t(threads)));
+    const size_t phases = size_t(5 * s.n_layers + 2);
+    if (!counters_) counters_ = std::make_unique<Counter[]>(phases);
+    for (size_t i = 0; i < phases; ++i) counters_[i].next.store(0, std::memory_order_relaxed);
+    const auto zeros = [](std::vector<float>& x, int64_t n) {  // what lies between rows is read, as nothing
+      if (int64_t(x.size()) < n) x.assign(size_t(n), 0.f);
     };
-    const auto add = [&](int64_t m, int64_t o, float value) { x_[size_t(m * D + o)] += value; };
-    for (const Layer<W>& l : layers_) {
-      normalised(l.norm_mixer, own);
-      multiply(l.q, own.data(), D, D, M_, share(inner, 4, id, team), into(q_, inner));
-      multiply(l.k, own.data(), D, D, M_, share(kv, 4, id, team), into(k_, kv));
-      multiply(l.v, own.data(), D, D, M_, share(kv, 4, team - 1 - id, team), into(v_, kv));
-      barrier_.wait();
-      const Share heads = share(M_ * s_.H, 1, id, team);
-      for (int64_t task = heads.begin; task < heads.end; ++task) attend(l, task / s_.H, task % s_.H, own.data());
-      barrier_.wait();
-      multiply(l.o, mixed_.data(), inner, inner, M_, share(D, 4, id, team), add);
-      barrier_.wait();
-      normalised(l.norm_channel, own);
-      const Share wide = share(s_.F, 4, id, team);
-      if (l.gate.weight) multiply(l.gate, own.data(), D, D, M_, wide, into(hidden_, s_.F));
-      multiply(l.up, own.data(), D, D, M_, wide, [&](int64_t m, int64_t o, float value) {
-        float& h = hidden_[size_t(m * s_.F + o)];
-        h = l.gate.weight ? activate(s_.activation, h) * value : activate(s_.activation, value);
-      });
-      barrier_.wait();
-      multiply(l.down, hidden_.data(), s_.F, s_.F, M_, share(D, 4, id, team), add);
-      barrier_.wait();
-    }
-    normalised(norm_, own);
-    multiply(head_, own.data(), D, D, M_, share(s_.V, 4, id, team),
-             [&](int64_t m, int64_t o, float value) { logits_[m * s_.V + o] = value; });
+    zeros(x_, r.N * s.D), zeros(q_, r.N * s.H * padded_head());
+    zeros(mixed_, r.N * layers[0].o.depth), zeros(hidden_, r.N * layers[0].down.depth);
   }
+  int64_t padded_head() const { return (s.K + kLanes - 1) / kLanes * kLanes; }
 
-  // One head of one token: turns its query and key, keeps the key and value (the group's first head does), reads.
-  void attend(const Layer<W>& l, int64_t m, int64_t h, float* scratch) {
-    const int64_t K = s_.K, g = h / (s_.H / s_.G), step = s_.G * K, slot = slots_[m], start = starts_[m];
-    float *q = scratch, *k = q + K, *out = k + K, *p = out + K;
-    const float *cos = cos_ + m * (s_.R / 2), *sin = sin_ + m * (s_.R / 2);
-    const float* v = &v_[size_t(m * step + g * K)];
-    std::copy_n(&q_[size_t((m * s_.H + h) * K)], K, q);
-    std::copy_n(&k_[size_t(m * step + g * K)], K, k);
-    if (l.q_norm) normalise(q, l.q_norm, s_.head_eps, K, q);
-    if (l.k_norm) normalise(k, l.k_norm, s_.head_eps, K, k);
-    rotate(q, cos, sin, s_.R, s_.interleaved);
-    rotate(k, cos, sin, s_.R, s_.interleaved);
-    W* const keys = l.keys + rows_[m] * s_.entries * step + g * K;
-    W* const values = l.values + rows_[m] * s_.entries * step + g * K;
-    if (h % (s_.H / s_.G) == 0)
-      for (int64_t i = 0; i < K; ++i) {
-        keys[slot * step + i] = from_float<W>(k[i]);
-        values[slot * step + i] = from_float<W>(v[i]);
+  // One thread's part of a step; C is what the pools hold.
+  template <class C> struct Work {
+    Decoder& d;
+    const Request& r;
+    Team& team;
+    Own& own;
+    int64_t phase = 0;
+
+    Counter& next_phase() { return d.counters_[size_t(phase++)]; }
+
+    void run() {
+      const Sizes& s = d.s;
+      Counter& rows = next_phase();
+      for (int64_t m; (m = rows.take()) < r.N;)
+        for (int64_t i = 0; i < s.D; ++i) {
+          const int64_t at = r.tokens[m] * s.D + i;
+          d.x_[size_t(m * s.D + i)] = s.narrow_embedding ? to_float(static_cast<const bf16*>(d.embedding)[at])
+                                                         : static_cast<const float*>(d.embedding)[at];
+        }
+      team.meet();
+      for (int64_t l = 0; l < s.n_layers; ++l) {
+        const Layer& layer = d.layers[size_t(l)];
+        keys_and_queries(layer, l);
+        team.meet();
+        read(l);
+        team.meet();
+        add(layer.o, d.mixed_.data());
+        team.meet();
+        widen(layer);
+        team.meet();
+        add(layer.down, d.hidden_.data());
+        team.meet();
       }
-    const int64_t n = slot - start, whole = K / kVector * kVector;
-    float most = dot(q, k, K) * s_.scale;
-    p[n] = most;
-    for (int64_t t = 0; t < n; ++t) {
-      const W* key = keys + (start + t) * step;
-      Floats total = {};
-      for (int64_t i = 0; i < whole; i += kVector) total += read(q + i) * read(key + i);
-      float score = sum(total);
-      for (int64_t i = whole; i < K; ++i) score += q[i] * to_float(key[i]);
-      p[t] = score * s_.scale;
-      most = std::max(most, p[t]);
+      logits();
     }
-    float mass = 0;
-    int64_t t = 0;
-    for (; t + kVector <= n + 1; t += kVector) {
-      const Floats e = exp2((read(p + t) - spread(most)) * spread(1.44269504f));
-      *reinterpret_cast<LooseFloats*>(p + t) = e;
-      mass += sum(e);
-    }
-    for (; t <= n; ++t) mass += p[t] = std::exp(p[t] - most);
-    for (int64_t i = 0; i < K; ++i) out[i] = p[n] * v[i];
-    for (int64_t j = 0; j < n; ++j) {
-      const W* value = values + (start + j) * step;
-      const Floats weight = spread(p[j]);
-      for (int64_t i = 0; i < whole; i += kVector)
-        *reinterpret_cast<LooseFloats*>(out + i) = read(out + i) + weight * read(value + i);
-      for (int64_t i = whole; i < K; ++i) out[i] += p[j] * to_float(value[i]);
-    }
-    for (int64_t i = 0; i < K; ++i) mixed_[size_t((m * s_.H + h) * K + i)] = out[i] / mass;
-  }
 
-  static float dot(const float* a, const float* b, int64_t n) {
-    float total = 0;
-    for (int64_t i = 0; i < n; ++i) total += a[i] * b[i];
-    return total;
-  }
+    // The norm of x's rows, ready for a product with p.
+    void normed(const float* weight, const Matrix& p, const int64_t* which, int64_t n) {
+      if (int64_t(own.normed.size()) < n * p.depth) own.normed.assign(size_t(n * p.depth), 0.f);
+      for (int64_t m = 0; m < n; ++m)
+        normalise(&d.x_[size_t((which ? which[m] : m) * d.s.D)], weight, d.eps, d.s.D, &own.normed[size_t(m * p.depth)]);
+      own.rows.prepare(p, own.normed.data(), p.depth, n);
+    }
 
-  Sizes s_;
-  const W *embed_, *norm_;
-  Product<W> head_;
-  std::vector<Layer<W>> layers_;
-  std::vector<float> x_, q_, k_, v_, mixed_, hidden_;
-  std::vector<std::vector<float>> own_;
-  Barrier barrier_;
-  std::atomic<int> ready_{0};
-  int64_t M_ = 0;
-  const int64_t *tokens_ = nullptr, *rows_ = nullptr, *slots_ = nullptr, *starts_ = nullptr;
-  const float *cos_ = nullptr, *sin_ = nullptr;
-  float* logits_ = nullptr;
+    void keys_and_queries(const Layer& l, int64_t at) {
+      const Sizes& s = d.s;
+      normed(l.norm_mixer, l.qkv, nullptr, r.N);
+      const int64_t units = l.qkv.units / (s.H + 2 * s.G), width = units * l.qkv.outputs();
+      float* tile = fit(own.tile, r.N * width);
+      Counter& counter = next_phase();
+      for (int64_t h; (h = counter.take()) < s.H + 2 * s.G;) {
+        for (int64_t u = 0; u < units; ++u)
+          multiply(l.qkv, h * units + u, own.rows, r.N, tile + u * l.qkv.outputs(), width);
+        for (int64_t m = 0; m < r.N; ++m) place(l, at, h, m, tile + m * width);
+      }
+    }
+
+    // Head h of row m: a query to be asked, a key or a value to be kept.
+    void place(const Layer& l, int64_t at, int64_t h, int64_t m, float* x) {
+      const Sizes& s = d.s;
+      const float* norm = h < s.H ? l.q_norm : l.k_norm;
+      if (h < s.H + s.G) {
+        if (norm) normalise(x, norm, d.head_eps, s.K, x);
+        const float* turn = r.turns + r.positions[m] * s.R;
+        if (s.R) rotate(x, turn, turn + s.R / 2, s.R, s.interleaved != 0);
+      }
+      if (h < s.H) {
+        float* q = &d.q_[size_t((m * s.H + h) * d.padded_head())];
+        for (int64_t i = 0; i < s.K; ++i) q[i] = x[i] * d.scale;
+        return;
+      }
+      const int64_t entry = Walk(r.tables + r.sequence[m] * r.n_max, r.block_size, r.slots[m]).next();
+      C* pool = static_cast<C*>(r.pools[2 * at + (h >= s.H + s.G)]);
+      C* to = pool + (entry * s.G + (h - s.H) % s.G) * s.K;
+      for (int64_t i = 0; i < s.K; ++i) to[i] = from_float<C>(x[i]);
+    }
+
+    void read(int64_t at) {
+      const Sizes& s = d.s;
+      const int64_t alike = s.H / s.G, batches = (alike + 3) / 4, wide = d.padded_head();
+      C *keys = static_cast<C*>(r.pools[2 * at]), *values = static_cast<C*>(r.pools[2 * at + 1]);
+      Counter& counter = next_phase();
+      for (int64_t task; (task = counter.take()) < r.N * s.G * batches;) {
+        // The last rows first: of a piece of a prompt they read the most.
+        const int64_t m = r.N - 1 - task / (s.G * batches), g = task / batches % s.G, begin = task % batches * 4;
+        const int64_t heads = std::min<int64_t>(4, alike - begin), h = g * alike + begin;
+        const int64_t n = r.slots[m] - r.first[m] + 1;
+        const Walk walk(r.tables + r.sequence[m] * r.n_max, r.block_size, r.first[m]);
+        const Pool<C> pool{keys + g * s.K, values + g * s.K, s.G * s.K, s.K};
+        const float* q = &d.q_[size_t((m * s.H + h) * wide)];
+        float* scratch = fit(own.scratch, heads * (n + kLanes) + kLanes * wide);
+        float* out = &d.mixed_[size_t(m * d.layers[0].o.depth + h * s.K)];
+        switch (heads) {
+          case 1: attend<1>(pool, walk, n, q, wide, scratch, out); break;
+          case 2: attend<2>(pool, walk, n, q, wide, scratch, out); break;
+          case 3: attend<3>(pool, walk, n, q, wide, scratch, out); break;
+          default: attend<4>(pool, walk, n, q, wide, scratch, out);
+        }
+      }
+    }
+
+    // x += the product of rows with p.
+    void add(const Matrix& p, const float* rows) {
+      const int64_t width = p.outputs(), D = d.s.D;
+      own.rows.prepare(p, rows, p.depth, r.N);
+      float* tile = fit(own.tile, r.N * width);
+      Counter& counter = next_phase();
+      for (int64_t u; (u = counter.take()) < p.units;) {
+        multiply(p, u, own.rows, r.N, tile, width);
+        for (int64_t m = 0; m < r.N; ++m)
+          for (int64_t i = 0; i < std::min(width, D - u * width); ++i)
+            d.x_[size_t(m * D + u * width + i)] += tile[m * width + i];
+      }
+    }
+
+    void widen(const Layer& l) {
+      normed(l.norm_channel, l.up, nullptr, r.N);
+      const int64_t width = l.up.outputs(), kept = d.s.gated ? width / 2 : width, stride = l.down.depth;
+      float* tile = fit(own.tile, r.N * width);
+      Counter& counter = next_phase();
+      for (int64_t u; (u = counter.take()) < l.up.units;) {
+        multiply(l.up, u, own.rows, r.N, tile, width);
+        for (int64_t m = 0; m < r.N; ++m)
+          for (int64_t i = 0; i < kept && u * kept + i < stride; i += kLanes) {
+            const Lanes y = activate(d.s.activation, get(tile + m * width + i));
+            put(&d.hidden_[size_t(m * stride + u * kept + i)], d.s.gated ? y * get(tile + m * width + kept + i) : y);
+          }
+      }
+    }
+
+    void logits() {
+      if (r.n_wanted == 0) return;
+      const int64_t width = d.head.outputs(), V = d.s.V;
+      normed(d.norm, d.head, r.wanted, r.n_wanted);
+      float* tile = fit(own.tile, r.n_wanted * width);
+      Counter& counter = next_phase();
+      for (int64_t u; (u = counter.take()) < d.head.units;) {
+        multiply(d.head, u, own.rows, r.n_wanted, tile, width);
+        for (int64_t m = 0; m < r.n_wanted; ++m)
+          std::copy_n(tile + m * width, std::min(width, V - u * width), r.logits + m * V + u * width);
+      }
+    }
+  };
+
+  std::vector<float> x_, q_, mixed_, hidden_;
+  std::vector<Own> own_;
+  std::unique_ptr<Counter[]> counters_;
 };
 
-struct Any {
-  int64_t bits;
-  std::unique_ptr<Decoder<float>> wide;
-  std::unique_ptr<Decoder<bf16>> narrow;
-};
+Matrix matrix(const int64_t*& n) {
+  const Matrix p = {n[0], n[1], n[2], n[3], n[4], reinterpret_cast<const uint8_t*>(n[5]),
+                    reinterpret_cast<const uint16_t*>(n[6]), reinterpret_cast<const float*>(n[7])};
+  n += 8;
+  return p;
+}
+const float* floats(const int64_t*& n) { return reinterpret_cast<const float*>(*n++); }
+
+// The first thing a request asks that is not there: 0 if none, else 1 + its place in tokens, sequence, slots, positions,
+// first, wanted, tables.
+int refused(const Request& r, int64_t V, int64_t n_sequences, int64_t n_positions, int64_t n_blocks) {
+  const auto outside = [](int64_t i, int64_t n) { return i < 0 || i >= n; };
+  for (int64_t m = 0; m < r.N; ++m) {
+    if (outside(r.tokens[m], V)) return 1;
+    if (outside(r.sequence[m], n_sequences)) return 2;
+    if (outside(r.slots[m], r.n_max * r.block_size)) return 3;
+    if (outside(r.positions[m], n_positions)) return 4;
+    if (outside(r.first[m], r.slots[m] + 1)) return 5;
+    const int32_t* table = r.tables + r.sequence[m] * r.n_max;
+    for (int64_t b = r.first[m] / r.block_size; b <= r.slots[m] / r.block_size; ++b)
+      if (outside(table[b], n_blocks)) return 7;
+  }
+  for (int64_t w = 0; w < r.n_wanted; ++w)
+    if (outside(r.wanted[w], r.N)) return 6;
+  return 0;
+}
 
 }  // namespace
 }  // namespace octavo
 
 extern "C" {
 
-// The entry points GOMP_parallel, omp_get_num_threads and omp_get_thread_num of torch's OpenMP runtime, or nulls.
-void decode_init(void* parallel, void* team_size, void* member) {
-  octavo::parallel = reinterpret_cast<octavo::Parallel>(parallel);
-  octavo::team_size = reinterpret_cast<octavo::Count>(team_size);
-  octavo::member = reinterpret_cast<octavo::Count>(member);
-}
-
-// sizes: D H G K F V n_layers entries R interleaved activation rows. floats: eps, head_eps, scale. pointers: embed,
-// norm, head and its bias, then of each layer norm_mixer, norm_channel, q_norm, k_norm and weight, bias of q k v o gate
-// up down; null where there is none. bits: 32 or 16 (bf16).
-void* decode_new(const int64_t* n, const float* f, int bits, const void* const* pointers) {
+// sizes: those of Sizes. norms: eps, head_eps, scale. parts: the embedding and the last norm; the head; then of each
+// layer four norms (norm_mixer, norm_channel, q_norm, k_norm: addresses or 0) and the matrices qkv, o, up, down, each
+// format, units, width, depth, group and the addresses of weights, scales and bias.
+void* decode_new(const int64_t* sizes, const float* norms, const int64_t* parts) {
   using namespace octavo;
-  const Sizes s = {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], f[0], f[1], f[2]};
-  auto made = std::make_unique<Any>();
-  made->bits = bits;
-  if (bits == 32)
-    made->wide = std::make_unique<Decoder<float>>(s, pointers);
-  else
-    made->narrow = std::make_unique<Decoder<bf16>>(s, pointers);
+  auto made = std::make_unique<Decoder>();
+  std::copy_n(sizes, sizeof(Sizes) / sizeof(int64_t), reinterpret_cast<int64_t*>(&made->s));
+  made->eps = norms[0], made->head_eps = norms[1], made->scale = norms[2];
+  made->embedding = reinterpret_cast<const void*>(*parts++);
+  made->norm = floats(parts);
+  made->head = matrix(parts);
+  for (int64_t i = 0; i < made->s.n_layers; ++i) {
+    Layer l;
+    l.norm_mixer = floats(parts), l.norm_channel = floats(parts), l.q_norm = floats(parts), l.k_norm = floats(parts);
+    l.qkv = matrix(parts), l.o = matrix(parts), l.up = matrix(parts), l.down = matrix(parts);
+    made->layers.push_back(l);
+  }
   return made.release();
 }
 
-void decode_free(void* decoder) { delete static_cast<octavo::Any*>(decoder); }
+// A number that says what n bytes are.
+uint64_t decode_print(const uint8_t* p, int64_t n) {
+  using namespace octavo;
+  constexpr uint32_t kOdd = 0x9e3779b1u;
+  Words state[4] = {};
+  int64_t i = 0;
+  const auto mix = [](Words s, Words x) { return (s ^ x ^ (s >> 15)) * kOdd + 1u; };
+  for (; i + 256 <= n; i += 256)
+    for (int j = 0; j < 4; ++j) {
+      Words x;
+      std::memcpy(&x, p + i + 64 * j, sizeof x);
+      state[j] = mix(state[j], x);
+    }
+  for (; i < n; ++i) state[i % 4][i / 4 % kLanes] = (state[i % 4][i / 4 % kLanes] ^ p[i]) * kOdd + 1u;
+  uint64_t total = uint64_t(n);
+  for (const Words& words : state)
+    for (int j = 0; j < kLanes; ++j) total = (total ^ words[j] ^ (total >> 29)) * 0x9e3779b97f4a7c15u + 1u;
+  return total;
+}
 
-// numbers: tokens, rows, slots, starts, M each. caches: keys and values of each layer.
-void decode_step(void* decoder, int64_t M, const int64_t* numbers, const float* cos, const float* sin,
-                 void* const* caches, float* logits, int threads) {
-  auto* any = static_cast<octavo::Any*>(decoder);
-  const int64_t *tokens = numbers, *rows = tokens + M, *slots = rows + M, *starts = slots + M;
-  if (any->wide)
-    any->wide->step(M, tokens, rows, slots, starts, cos, sin, caches, logits, threads);
-  else
-    any->narrow->step(M, tokens, rows, slots, starts, cos, sin, caches, logits, threads);
+void decode_free(void* decoder) { delete static_cast<octavo::Decoder*>(decoder); }
+
+// counts: N, n_wanted, n_max, block_size, n_sequences, n_positions, n_blocks, whether the pools hold bf16, threads.
+// numbers: tokens, sequence, slots, positions, first (N each). Returns 0, or which number is refused.
+int decode_step(void* decoder, const int64_t* counts, const int64_t* numbers, const int64_t* wanted,
+                const int32_t* tables, const float* turns, void* const* pools, float* logits) {
+  using namespace octavo;
+  auto& own = *static_cast<Decoder*>(decoder);
+  const int64_t N = counts[0];
+  const Request r = {N, counts[1], counts[2], counts[3], numbers, numbers + N, numbers + 2 * N, numbers + 3 * N,
+                     numbers + 4 * N, wanted, tables, turns, pools, logits};
+  if (const int why = refused(r, own.s.V, counts[4], counts[5], counts[6])) return why;
+  if (N > 0) own.step(r, counts[7] != 0, int(counts[8]));
+  return 0;
 }
 }

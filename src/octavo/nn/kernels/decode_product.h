@@ -1,0 +1,252 @@
+// Products of packed weights with a few rows of activations. The weights of 16 outputs stand side by side in lines of
+// 64 bytes, one number of 32 bits each: a lane of an accumulator is an output, so nothing is summed across lanes, and
+// a line is what a dot-product instruction takes (and a row of an AMX tile). A unit is `width` such blocks, line by
+// line in turn: one sequential stream with several accumulators in flight.
+//
+//     fp32  16 outputs x 1 input       int8  16 x 4, codes with zero point 128
+//     bf16  16 outputs x 2 inputs      int4  16 x 8, zero point 8; low halves are the first four inputs
+//
+// The order of a row's sums never depends on how many rows there are.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "vectors.h"
+
+namespace octavo {
+
+constexpr int kLanes = 16;
+typedef float Lanes __attribute__((vector_size(64), may_alias));
+typedef float LooseLanes __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(64), may_alias));
+typedef int32_t Wholes __attribute__((vector_size(64), may_alias));
+typedef int8_t Bytes __attribute__((vector_size(16), aligned(1), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
+
+inline Lanes get(const float* p) { return *reinterpret_cast<const LooseLanes*>(p); }
+inline void put(float* p, Lanes x) { *reinterpret_cast<LooseLanes*>(p) = x; }
+inline Lanes lanes(float x) { return x - Lanes{}; }
+template <class To, class From> inline To as(From x) {
+  To y;
+  static_assert(sizeof x == sizeof y, "");
+  std::memcpy(&y, &x, sizeof y);
+  return y;
+}
+inline Lanes get(const bf16* p) {
+  return as<Lanes>(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Words) << 16);
+}
+
+enum Format : int64_t { kFloat, kHalf, kByte, kNibble };
+
+struct Matrix {
+  int64_t format, units, width, depth, group;  // depth: inputs, padded with zeros; group: inputs of one scale
+  const uint8_t* weight;
+  const uint16_t* scales;  // fp16, (units, depth / group, width, 16)
+  const float* bias;       // (units, width, 16) or null
+
+  int64_t outputs() const { return width * kLanes; }  // of a unit
+  int64_t line() const { return 64 * width; }
+  int64_t per_line() const { return format == kFloat ? 1 : format == kHalf ? 2 : format == kByte ? 4 : 8; }
+  int64_t unit_bytes() const { return depth / per_line() * line(); }
+};
+
+// Rows of activations as a product wants them: floats, or 15-bit whole numbers in two planes of 8, x = (128 high +
+// low) * unit with one unit for each group of weights. The second plane costs one more dot product on a line that is
+// there already, and takes the error of the activations away. zero is what the weights' zero point adds to the sums.
+struct Rows {
+  const float* x = nullptr;
+  int64_t stride = 0;
+  std::vector<int8_t> planes;   // (rows, 2, depth)
+  std::vector<float> unit;      // (rows, groups)
+  std::vector<int32_t> zero;    // (rows, groups)
+
+  // x (n, stride), zeros from the last input to p.depth <= stride.
+  void prepare(const Matrix& p, const float* from, int64_t from_stride, int64_t n) {
+    x = from, stride = from_stride;
+    if (p.format == kFloat || p.format == kHalf) return;
+    const int64_t groups = p.depth / p.group;
+    const auto fit = [](auto& v, int64_t size) {
+      if (int64_t(v.size()) < size) v.resize(size_t(size));
+    };
+    fit(planes, 2 * n * p.depth), fit(unit, n * groups), fit(zero, n * groups);
+    for (int64_t m = 0; m < n; ++m)
+      for (int64_t i = 0; i < groups; ++i)
+        round(x + m * stride + i * p.group, p.group, p.depth, p.format == kByte ? 128 : 8,
+              &planes[size_t(2 * m * p.depth + i * p.group)], unit[size_t(m * groups + i)],
+              zero[size_t(m * groups + i)]);
+  }
+
+  static void round(const float* x, int64_t n, int64_t depth, int32_t zero_point, int8_t* plane, float& unit,
+                    int32_t& zero) {
+    constexpr float kTop = 127 * 128;
+    Lanes largest = {};
+    for (int64_t k = 0; k < n; k += kLanes) {
+      const Lanes v = get(x + k), size = v > -v ? v : -v;
+      largest = size > largest ? size : largest;
+    }
+    float top = 0;
+    for (int i = 0; i < kLanes; ++i) top = std::max(top, largest[i]);
+    const float inverse = top > 0 ? kTop / top : 0.f;
+    constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+    Wholes sums = {};
+    for (int64_t k = 0; k < n; k += kLanes) {
+      const Wholes v = as<Wholes>(get(x + k) * lanes(inverse) + lanes(kMagic)) - 0x4b400000;
+      const Wholes high = (v + 64) >> 7;
+      sums += v;
+      *reinterpret_cast<Bytes*>(plane + k) = __builtin_convertvector(high, Bytes);
+      *reinterpret_cast<Bytes*>(plane + depth + k) = __builtin_convertvector(v - (high << 7), Bytes);
+    }
+    int32_t sum = 0;
+    for (int i = 0; i < kLanes; ++i) sum += sums[i];
+    unit = top / kTop;
+    zero = -zero_point * sum;
+  }
+};
+
+// M rows by B of a unit's blocks. Accumulators are emptied into the result after every kPanel inputs.
+template <int M, int B, bool kNarrow>
+void multiply_floats(const uint8_t* w, int64_t line, const float* x, int64_t stride, int64_t depth, float* y,
+                     int64_t y_stride) {
+  constexpr int64_t kPanel = 512, kAhead = 2048;
+  for (int64_t start = 0; start < depth; start += kPanel) {
+    Lanes total[M][B] = {};
+    const int64_t end = std::min(depth, start + kPanel);
+    for (int64_t k = start; k < end; k += 2) {
+      Lanes even[B], odd[B];
+      for (int b = 0; b < B; ++b) {
+        __builtin_prefetch(w + kAhead + 64 * b);
+        const Words bits = *reinterpret_cast<const Words*>(w + 64 * b);
+        if (kNarrow) {
+          even[b] = as<Lanes>(bits << 16), odd[b] = as<Lanes>(bits & 0xffff0000u);
+        } else {
+          __builtin_prefetch(w + kAhead + line + 64 * b);
+          even[b] = as<Lanes>(bits), odd[b] = *reinterpret_cast<const Lanes*>(w + line + 64 * b);
+        }
+      }
+      w += kNarrow ? line : 2 * line;
+      for (int m = 0; m < M; ++m) {
+        const Lanes first = lanes(x[m * stride + k]), second = lanes(x[m * stride + k + 1]);
+        for (int b = 0; b < B; ++b) total[m][b] += even[b] * first;
+        for (int b = 0; b < B; ++b) total[m][b] += odd[b] * second;
+      }
+    }
+    for (int m = 0; m < M; ++m)
+      for (int b = 0; b < B; ++b) {
+        float* to = y + m * y_stride + b * kLanes;
+        put(to, start ? get(to) + total[m][b] : total[m][b]);
+      }
+  }
+}
+
+#if defined(__AVX512F__) && defined(__AVX512VNNI__) && !defined(OCTAVO_EMULATED_TILES)
+inline Wholes dot(Wholes sum, Words codes, int32_t four) {
+  return Wholes(_mm512_dpbusd_epi32(__m512i(sum), __m512i(codes), _mm512_set1_epi32(four)));
+}
+#else
+inline Wholes dot(Wholes sum, Words codes, int32_t four) {
+  for (int j = 0; j < 4; ++j) sum += as<Wholes>((codes >> (8 * j)) & 255u) * int32_t(int8_t(four >> (8 * j)));
+  return sum;
+}
+#endif
+
+// Numbers of 16 bits, none of them infinite or not a number.
+inline Lanes from_fp16(const uint16_t* p) {
+  const Words h = __builtin_convertvector(*reinterpret_cast<const Halves*>(p), Words);
+  const Lanes size = as<Lanes>((h & 0x7fffu) << 13) * lanes(0x1p112f);  // the exponent's offset, for small ones too
+  return as<Lanes>(as<Words>(size) | ((h & 0x8000u) << 16));
+}
+
+template <int M, int B, bool kFour>
+void multiply_codes(const uint8_t* w, int64_t line, const uint16_t* scales, int64_t width, const Rows& rows,
+                    int64_t first, int64_t depth, int64_t group, float* y, int64_t y_stride) {
+  constexpr int64_t kAhead = 2048, kInputs = kFour ? 8 : 4;
+  const int64_t groups = depth / group;
+  const int8_t* planes = &rows.planes[size_t(2 * first * depth)];
+  Lanes total[M][B] = {};
+  for (int64_t i = 0; i < groups; ++i) {
+    Wholes sum[M][2][B] = {};
+    for (int64_t k = i * group; k < (i + 1) * group; k += kInputs, w += line) {
+      Words low[B], high[B];
+      for (int b = 0; b < B; ++b) {
+        __builtin_prefetch(w + kAhead + 64 * b);
+        low[b] = *reinterpret_cast<const Words*>(w + 64 * b);
+        if (kFour) high[b] = (low[b] >> 4) & 0x0f0f0f0fu, low[b] &= 0x0f0f0f0fu;
+      }
+      for (int m = 0; m < M; ++m)
+        for (int plane = 0; plane < 2; ++plane) {
+          const int8_t* x = planes + (2 * m + plane) * depth + k;
+          int32_t four[2];
+          std::memcpy(four, x, kInputs);
+          for (int b = 0; b < B; ++b) sum[m][plane][b] = dot(sum[m][plane][b], low[b], four[0]);
+          if (kFour)
+            for (int b = 0; b < B; ++b) sum[m][plane][b] = dot(sum[m][plane][b], high[b], four[1]);
+        }
+    }
+    for (int b = 0; b < B; ++b) {
+      const Lanes scale = from_fp16(scales + (i * width + b) * kLanes);
+      for (int m = 0; m < M; ++m) {
+        const int64_t at = (first + m) * groups + i;
+        const Wholes whole = (sum[m][0][b] << 7) + sum[m][1][b] + rows.zero[size_t(at)];
+        total[m][b] += __builtin_convertvector(whole, Lanes) * (scale * lanes(rows.unit[size_t(at)]));
+      }
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int b = 0; b < B; ++b) put(y + m * y_stride + b * kLanes, total[m][b]);
+}
+
+template <int M, int B>
+void multiply_blocks(const Matrix& p, int64_t u, int64_t block, const Rows& rows, int64_t first, float* y,
+                     int64_t y_stride) {
+  const uint8_t* w = p.weight + u * p.unit_bytes() + 64 * block;
+  const float* x = rows.x + first * rows.stride;
+  const uint16_t* scales = p.scales + (u * (p.depth / std::max<int64_t>(p.group, 1)) * p.width + block) * kLanes;
+  y += block * kLanes;
+  constexpr int C = B < 8 / M ? B : 8 / M;  // two planes: twice the accumulators
+  switch (p.format) {
+    case kFloat: return multiply_floats<M, B, false>(w, p.line(), x, rows.stride, p.depth, y, y_stride);
+    case kHalf: return multiply_floats<M, B, true>(w, p.line(), x, rows.stride, p.depth, y, y_stride);
+    default: break;
+  }
+  for (int b = 0; b < B; b += C, w += 64 * C, scales += C * kLanes, y += C * kLanes)
+    (p.format == kByte ? multiply_codes<M, C, false> : multiply_codes<M, C, true>)(
+        w, p.line(), scales, p.width, rows, first, p.depth, p.group, y, y_stride);
+}
+
+template <int M>
+void multiply_unit(const Matrix& p, int64_t u, const Rows& rows, int64_t first, float* y, int64_t y_stride) {
+  constexpr int kMost = M > 4 ? 2 : 4;
+  for (int64_t block = 0; block < p.width;) {
+    const int64_t left = p.width - block;
+    if (kMost >= 4 && left >= 4)
+      multiply_blocks<M, kMost>(p, u, block, rows, first, y, y_stride), block += 4;
+    else if (left >= 2)
+      multiply_blocks<M, 2>(p, u, block, rows, first, y, y_stride), block += 2;
+    else
+      multiply_blocks<M, 1>(p, u, block, rows, first, y, y_stride), block += 1;
+  }
+}
+
+// y (n, y_stride) = rows times the weights of unit u, and the bias.
+inline void multiply(const Matrix& p, int64_t u, const Rows& rows, int64_t n, float* y, int64_t y_stride) {
+  for (int64_t first = 0; first < n;) {
+    float* to = y + first * y_stride;
+    const int64_t left = n - first, now = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+    switch (now) {
+      case 8: multiply_unit<8>(p, u, rows, first, to, y_stride); break;
+      case 4: multiply_unit<4>(p, u, rows, first, to, y_stride); break;
+      case 2: multiply_unit<2>(p, u, rows, first, to, y_stride); break;
+      default: multiply_unit<1>(p, u, rows, first, to, y_stride);
+    }
+    first += now;
+  }
+  if (p.bias == nullptr) return;
+  const float* bias = p.bias + u * p.outputs();
+  for (int64_t m = 0; m < n; ++m)
+    for (int64_t i = 0; i < p.outputs(); i += kLanes) put(y + m * y_stride + i, get(y + m * y_stride + i) + get(bias + i));
+}
+
+}  // namespace octavo
