@@ -30,15 +30,16 @@ class Arena:
     """
 
     def __init__(self) -> None:
-        self.chunk, self.taken, self.used = torch.empty(0, dtype=torch.uint8), 0, 0
+        self.chunks, self.taken, self.used = [torch.empty(0, dtype=torch.uint8)], 0, 0
 
     def take(self, n_bytes: int) -> Tensor:
-        """(n_bytes,) uint8 at a multiple of 64 bytes, which stays as long as the tensor does."""
+        """(n_bytes,) uint8 at a multiple of 64 bytes, which stays as long as the arena does."""
         wanted = -(-n_bytes // 64) * 64
-        if self.taken + wanted > len(self.chunk):
-            self.chunk, self.taken = _large_pages(max(CHUNK, -(-wanted // PAGE) * PAGE)), 0
+        if self.taken + wanted > len(self.chunks[-1]):
+            self.chunks.append(_large_pages(max(CHUNK, -(-wanted // PAGE) * PAGE)))
+            self.taken = 0
         start, self.taken, self.used = self.taken, self.taken + wanted, self.used + wanted
-        return self.chunk[start : start + n_bytes]
+        return self.chunks[-1][start : start + n_bytes]
 
 
 def _large_pages(n_bytes: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Steps of arbitrary rows over paged keys and values: what a row gets depends on nothing else in the step, bit for bit."""
+"""Steps of arbitrary rows over paged keys and values: what a row gets depends on no other row, bit for bit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_native import model
 
-from octavo.infer import native
+from octavo.infer import native, packing
 from octavo.infer.native import NativeModel, library, packed
 from octavo.nn.contracts import Inputs
 
@@ -184,6 +184,18 @@ def test_a_child_process_has_a_team_of_its_own():
         assert os.waitpid(child, 0)[1] == 0
     finally:
         torch.set_num_threads(before)
+
+
+def test_weights_of_many_chunks_of_memory_stay(monkeypatch):
+    one = model()
+    own = Pages(NativeModel(one), torch.float32).step([(0, 0, 3)])
+    monkeypatch.setattr(packing, "PAGE", 4096)
+    monkeypatch.setattr(packing, "CHUNK", 4096)
+    made = NativeModel(one)
+    assert len(made.arena.chunks) > 9
+    noise = [torch.full((1 << 16,), float("nan")) for _ in range(99)]  # takes what was given back
+    assert torch.equal(Pages(made, torch.float32).step([(0, 0, 3)]), own)
+    assert len(noise) == 99
 
 
 def test_the_copy_goes_when_the_model_goes():
