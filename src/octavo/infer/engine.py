@@ -17,9 +17,10 @@ from torch import Tensor
 
 from octavo.errors import ConfigError, NumericError, ResourceError
 from octavo.infer.blocks import Blocks
+from octavo.infer.drafts import Drafter
 from octavo.infer.executors import Executor, PassFailed, PlainExecutor
 from octavo.infer.memory import Pool, bytes_of, free_bytes
-from octavo.infer.sampling import SamplingConfig, choice_settings, choose, generator
+from octavo.infer.sampling import SamplingConfig, choice_settings, choose, generator, judge
 from octavo.infer.scheduler import Plan, Scheduler, Work
 from octavo.infer.scheduler import Sequence as Text
 from octavo.infer.text import CertainText, Piece, TokenScore
@@ -109,6 +110,7 @@ class Engine:
     Args:
         model: a predictor (``nn.contracts.Predictor``), not training.
         executor: makes what runs the model on a pool; by default the fastest that can.
+        drafter: proposes tokens that the model then judges in one pass; the answers have the same distribution.
 
     Raises:
         ResourceError: the pool does not fit into memory.
@@ -120,8 +122,12 @@ class Engine:
         tokenizer: Tokenizer,
         config: EngineConfig | None = None,
         executor: Callable[[Any, Pool], Executor] | None = None,
+        drafter: Drafter | None = None,
     ):
         self.model, self.tokenizer, self.config = model, tokenizer, config or EngineConfig()
+        self.drafter = drafter
+        if drafter is not None and self.config.deterministic:
+            raise ConfigError("a draft changes which tokens are read together", fix="use one of draft, deterministic")
         self.n_tokens = min(model.vocab_size, tokenizer.vocab_size)  # rows that pad the embedding are not text
         config, specs, dtype, device = self.config, model.state_specs(), *_kind_of(model)
         limit = model.max_seq_len
@@ -149,6 +155,7 @@ class Engine:
         )  # fmt: skip
         self.executor = executor(model, self.pool) if executor else self._plain()
         self.rows: dict[int, _Row] = {}
+        self.n_drafted = self.n_accepted = 0
         self._order = itertools.count()
 
     @property
@@ -205,15 +212,20 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Read what is next; every token that was chosen, and every request that failed."""
+        if self.drafter is not None:
+            self._draft(self.drafter)
         plan = self.scheduler.plan()
-        self._prepare(plan)
+        saved = self._prepare(plan)
         events, known = list[Event](), list[tuple[_Row, Tensor]]()
         left = dict.fromkeys(plan.works)
         while left:
             try:
                 for work, logits in self.executor(list(left)):
                     del left[work]
-                    known += self._read(work, logits)
+                    if work.draft and logits is not None:
+                        events += self._judged(work, logits, saved.get(work))
+                    else:
+                        known += self._read(work, logits)
             except PassFailed as failed:
                 for work in failed.works:
                     del left[work]
@@ -237,6 +249,8 @@ class Engine:
             "slots_held": self.config.max_sequences - len(self.scheduler.slots),
             "preempted": self.scheduler.n_preempted,
             "tokens_shared": self.scheduler.n_shared,
+            "tokens_drafted": self.n_drafted,
+            "tokens_accepted": self.n_accepted,
         }
 
     def _plain(self) -> Executor:
@@ -247,7 +261,8 @@ class Engine:
         source = torch.tensor([list(work.sequence.owner.request.prompt)], device=self.pool.device)
         return self.model.encode(source)
 
-    def _prepare(self, plan: Plan) -> None:
+    def _prepare(self, plan: Plan) -> dict[Work, Any]:
+        """Copy and clear what the plan says; what a recurrence must go back to where its draft does not hold."""
         with torch.inference_mode():
             for source, target in plan.block_copies:
                 self.pool.copy_block(source, target)
@@ -256,6 +271,9 @@ class Engine:
                     self.pool.clear(slot)
                 else:
                     self.pool.copy_slot(origin, slot)
+            if self.pool.goes_back:
+                return {}
+            return {work: self.pool.save(work.sequence.slot) for work in plan.works if work.draft}  # type: ignore[arg-type]
 
     def _read(self, work: Work, logits: Tensor | None) -> Iterable[tuple[_Row, Tensor]]:
         """A work is done: the rows whose next token can be chosen."""
@@ -266,8 +284,47 @@ class Engine:
         if logits is not None:
             work.sequence.alone = False
             for other in (row, *row.followers):
-                yield other, logits
+                yield other, logits[-1]
             row.followers = []
+
+    def _draft(self, drafter: Drafter) -> None:
+        """Let every text that goes on have a draft, as far as it may still go."""
+        asked = list[tuple[Text, int]]()
+        for sequence in self.scheduler.running:
+            row: _Row = sequence.owner
+            sequence.draft = []
+            n, request = len(sequence.tokens), row.request
+            room = min(request.config.max_new_tokens - (n - sequence.n_prompt), self.model.max_seq_len - n) - 1
+            if sequence.pending == 1 and room > 0 and not sequence.whole:
+                asked.append((sequence, room))
+        for (sequence, room), draft in zip(asked, drafter.propose(asked), strict=True):
+            sequence.draft = list(itertools.takewhile(lambda token: 0 <= token < self.n_tokens, draft[:room]))
+
+    def _judged(self, work: Work, logits: Tensor, saved: Any) -> Iterable[Event]:
+        """A draft was read: what is accepted of it and the token after it. The state goes back behind the rest."""
+        sequence, row = work.sequence, work.sequence.owner
+        if id(sequence) not in self.rows:
+            return
+        logits, request = logits[:, : self.n_tokens].float(), row.request
+        prompt = sequence.tokens[: sequence.n_prompt]
+        try:
+            chosen = judge(logits, work.draft, request.config, prompt, row.produced, row.stream)
+        except NumericError as error:
+            self.cancel(request)
+            yield request, Failure(error)
+            return
+        self.n_drafted += len(work.draft)
+        self.n_accepted += len(chosen) - 1
+        for token, score in zip(chosen, token_scores(logits[: len(chosen)], chosen, request.n_top), strict=True):
+            yield request, self._push(row, token, score)
+            if id(sequence) not in self.rows:
+                return
+        n_read = work.n + len(chosen) - 1
+        if len(chosen) <= len(work.draft) and not self.pool.goes_back:
+            assert sequence.slot is not None  # a recurrence cannot go back: it is put back, and reads again what holds
+            self.pool.load(sequence.slot, saved)
+            n_read = 0
+        self.scheduler.advance(sequence, n_read)
 
     def _failed(self, work: Work, cause: Exception, n_together: int) -> Iterable[Event]:
         """A pass failed: alone it is this request's fault; otherwise each is read anew in a pass of its own."""

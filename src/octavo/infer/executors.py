@@ -26,7 +26,7 @@ class PassFailed(Exception):
 class Executor(Protocol):
     """Reads works and writes their tokens' state into the pool.
 
-    ``__call__`` gives every work that was read, in any order, with the logits (V,) after its last token if it
+    ``__call__`` gives every work that was read, in any order, with the logits (n_wanted, V) after its last tokens if it
     ``completes`` its text; it raises PassFailed for those it could not read, and what it gave before holds.
     """
 
@@ -67,7 +67,7 @@ class PlainExecutor:
             sequence = work.sequence
             apart = self.deterministic or sequence.alone or sequence.whole
             begins = self.memory_of is not None and sequence.length == 0
-            groups.setdefault((i,) if apart or begins else work.n, []).append(work)
+            groups.setdefault((i,) if apart or begins else (work.n, len(work.draft)), []).append(work)
         return groups.values()
 
     def _read(self, group: list[Work]) -> list[tuple[Work, Tensor | None]]:
@@ -76,7 +76,7 @@ class PlainExecutor:
             tokens = first.tokens[-self.model.max_seq_len :]
             memory = self.memory_of(group[0]) if self.memory_of is not None else None
             inputs = Inputs(torch.tensor([tokens], device=self.pool.device), memory=memory)
-            return [(group[0], self._logits(inputs, None, [0])[0])]
+            return [(group[0], self._logits(inputs, None, [0], 1)[0])]
         inputs = Inputs(torch.tensor([work.tokens for work in group], device=self.pool.device))
         if self.memory_of is not None and first.length == 0:
             inputs.memory = self.memory_of(group[0])
@@ -84,13 +84,12 @@ class PlainExecutor:
         slots = [s.slot for s in sequences if s.slot is not None]
         state = self.pool.view([s.table for s in sequences], slots, [s.length for s in sequences])
         rows = [row for row, work in enumerate(group) if work.completes]
-        logits = iter(self._logits(inputs, state, rows))
+        logits = iter(self._logits(inputs, state, rows, 1 + len(group[0].draft)))
         return [(work, next(logits) if work.completes else None) for work in group]
 
-    def _logits(self, inputs: Inputs, state: Any, rows: list[int]) -> Tensor:
-        """After the last token of some rows, (n, V)."""
+    def _logits(self, inputs: Inputs, state: Any, rows: list[int], n: int) -> Tensor:
+        """After the last ``n`` tokens of some rows, (rows, n, V)."""
         if not self.has_hidden:
-            out = self.model(inputs, state=state, needs=("logits",)).logits
-            return out[rows, -1]
+            return self.model(inputs, state=state, needs=("logits",)).logits[rows, -n:]
         hidden = self.model(inputs, state=state, needs=("hidden",)).hidden
-        return self.model.logits(hidden[rows, -1]) if rows else hidden[:0, 0]
+        return self.model.logits(hidden[rows, -n:]) if rows else hidden[:0]

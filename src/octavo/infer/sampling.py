@@ -190,6 +190,45 @@ def choose(
     return tokens.tolist()
 
 
+def judge(
+    logits: Tensor,
+    draft: Sequence[int],
+    config: SamplingConfig,
+    prompt: Sequence[int],
+    produced: Sequence[int],
+    stream: torch.Generator,
+) -> list[int]:
+    """The tokens that a draft leads to: as many of it as are accepted, and one more.
+
+    Each draft token is accepted with the probability that the model gives it; where one is not, the next is drawn from
+    all others. So every token has exactly the distribution that it has without a draft (Leviathan et al. 2023,
+    section 2.3 and appendix A.1, for a draft that puts all its probability on one token). At temperature 0 the draft is
+    accepted as far as it is what would be chosen.
+
+    Args:
+        logits: (len(draft) + 1, V), after the last known token and after each of the draft.
+        stream: takes one number for each token that is judged, and one for the last.
+
+    Raises:
+        NumericError: as ``draw``.
+    """
+    import torch
+
+    said = [[*produced, *draft[:i]] for i in range(len(draft) + 1)]
+    prompts = [prompt] * len(said)
+    if config.temperature < GREEDY_BELOW:
+        best = choose(logits, config, prompts, said, [stream] * len(said))
+        n = next((i for i, token in enumerate(draft) if best[i] != token), len(draft))
+        return best[: n + 1]
+    probs = shape(logits, config, prompts, said).double().softmax(-1)
+    for i, token in enumerate(draft):
+        if not float(torch.rand((), generator=stream, dtype=torch.float64)) < float(probs[i, token]):
+            rest = probs[i].log()
+            rest[token] = -math.inf
+            return [*draft[:i], int(draw(rest[None], [stream])[0])]
+    return [*draft, int(draw(probs[-1:].log(), [stream])[0])]
+
+
 def generator(config: SamplingConfig, row: int) -> torch.Generator:
     """The random stream of a row: seed + row, or fresh entropy without a seed."""
     import torch

@@ -17,7 +17,8 @@ class Sequence:
     tokens: the prompt's and those produced. length: tokens held. rank: who goes first, the smallest. whole: read anew
     for every token, without a state. alone: it was part of a pass that failed, and gets the next to itself. within:
     texts share blocks only with texts of the same. leader: the text that reads the same prompt, and that this one goes
-    on from when its own first token is known. shared: tokens that were found read. owner: whoever asked for it.
+    on from when its own first token is known. shared: tokens that were found
+    read. draft: what may come next, to be read and judged in the same pass. owner: whoever asked for it.
     """
 
     tokens: list[int]
@@ -31,6 +32,7 @@ class Sequence:
     alone: bool = False
     leader: Sequence | None = None
     shared: int = 0
+    draft: list[int] = field(default_factory=list)
     owner: Any = None
 
     @property
@@ -45,15 +47,21 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """``n`` tokens of a sequence to be read in this step, from its ``length`` on."""
+    """``n`` tokens of a sequence to be read in this step, from its ``length`` on, and then its draft."""
 
     sequence: Sequence
     n: int
+    draft: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> list[int]:
         start = self.sequence.length
-        return self.sequence.tokens[start : start + self.n]
+        return [*self.sequence.tokens[start : start + self.n], *self.draft]
+
+    @property
+    def n_wanted(self) -> int:
+        """Of how many of its last tokens the logits are needed."""
+        return 1 + len(self.draft) if self.completes else 0
 
     @property
     def completes(self) -> bool:
@@ -128,9 +136,10 @@ class Scheduler:
             n = min(self._part(sequence), budget)
             if n < 1 or (self.deterministic and n < self._part(sequence)):
                 continue
-            if self._make_room(sequence, n, plan):
-                works[id(sequence)] = Work(sequence, n)
-                budget -= n
+            draft = tuple(sequence.draft[: budget - n] if n == sequence.pending == 1 else ())
+            if self._make_room(sequence, n + len(draft), plan):
+                works[id(sequence)] = Work(sequence, n, draft)
+                budget -= n + len(draft)
         for sequence in list(self.waiting):
             if budget < 1 or not self.slots:
                 break
@@ -246,7 +255,7 @@ class Scheduler:
             self.blocks.release(sequence.table)
         assert sequence.slot is not None
         self.slots.append(sequence.slot)
-        sequence.table, sequence.slot = [], None
+        sequence.table, sequence.slot, sequence.draft = [], None, []
         sequence.length = len(sequence.tokens) - 1 if sequence.whole else 0
 
 

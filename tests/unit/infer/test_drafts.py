@@ -1,0 +1,133 @@
+"""Speculative decoding: the same tokens at temperature 0, the same distribution above, whatever is drafted."""
+
+from __future__ import annotations
+
+import collections
+
+import numpy as np
+import pytest
+import torch
+from pydantic import TypeAdapter
+from test_engine import KINDS, PROMPTS, alone, answers, model_of, nothing_is_held
+
+from octavo.errors import ConfigError
+from octavo.infer.drafts import ModelDraft, PromptLookup
+from octavo.infer.engine import Engine, EngineConfig, Request
+from octavo.infer.sampling import SamplingConfig, judge, shape
+from octavo.infer.scheduler import Sequence
+from octavo.models.decoder import Decoder
+from octavo.predictors.kinds import PREDICTORS, count
+from octavo.schema import one_of
+from octavo.tokenizer import Byte, Tokenizer, train
+
+CONFIG = TypeAdapter(one_of(PREDICTORS))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train(Byte(), [])
+
+
+class Told:
+    """Proposes what it is told: some of it right, some of it wrong."""
+
+    def __init__(self, texts: dict[tuple[int, ...], list[int]], wrong_at: int):
+        self.texts, self.wrong_at = texts, wrong_at
+
+    def propose(self, texts):
+        found = []
+        for text, room in texts:
+            whole = self.texts[tuple(text.tokens[: text.n_prompt])]
+            draft = whole[len(text.tokens) - text.n_prompt :][:room]
+            found.append([t if i != self.wrong_at else (t + 1) % 200 for i, t in enumerate(draft)])
+        return found
+
+
+def drafters(model: Decoder, expected: list[list[int]]):
+    texts = {tuple(prompt): answer for prompt, answer in zip(PROMPTS, expected, strict=True)}
+    other = model_of("attention", d_model=16)
+    documents = [np.array(prompt + answer, np.int32) for prompt, answer in zip(PROMPTS, expected, strict=True)]
+    counted = {
+        kind: ModelDraft(count(CONFIG.validate_python({"vocab_size": 300} | values), iter(documents)), 4, n_slots=3)
+        for kind, values in {
+            "counted": {"kind": "ngram", "order": 3, "smoothing": "add_k"},
+            "counted without bound": {"kind": "infinigram"},
+        }.items()
+    }
+    found = {
+        "right": Told(texts, 99), "wrong": Told(texts, 0), "partly": Told(texts, 2), "lookup": PromptLookup(),
+        "itself": ModelDraft(model, 3, n_slots=3), "another": ModelDraft(other, 3, n_slots=3),
+        "recurrent": ModelDraft(model_of("mamba2", d_model=16), 4, n_slots=3),
+    }  # fmt: skip
+    return found | counted
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_at_temperature_0_every_draft_leads_to_the_same_text(kind, tokenizer):
+    model, config = model_of(kind), SamplingConfig(max_new_tokens=12, temperature=0)
+    expected = [alone(model, tokenizer, prompt, config) for prompt in PROMPTS]
+    for name, drafter in drafters(model, expected).items():
+        settings = EngineConfig(max_sequences=3, max_tokens=200, block_size=4, chunk=6, step_tokens=16)
+        engine = Engine(model, tokenizer, settings, drafter=drafter)
+        steps, requests = 0, [Request(prompt, config) for prompt in PROMPTS]
+        for request in requests:
+            engine.add(request)
+        original = engine.executor
+
+        def counted(works, original=original):
+            nonlocal steps
+            steps += 1
+            return original(works)
+
+        engine.executor = counted
+        assert [rows[0] for rows in answers(engine, requests)] == expected, name
+        assert nothing_is_held(engine), name
+        figures = engine.figures()
+        if name.startswith("counted"):  # of the very texts
+            assert figures["tokens_accepted"] > figures["tokens_drafted"] / 2
+        if name in ("right", "itself"):
+            assert figures["tokens_accepted"] == figures["tokens_drafted"] > 0, name
+            assert steps < 3 * 12
+        if name == "wrong":
+            assert figures["tokens_accepted"] == 0 < figures["tokens_drafted"]
+
+
+def test_penalties_and_stops_reach_into_a_draft(tokenizer):
+    model = model_of("attention")
+    config = SamplingConfig(max_new_tokens=12, temperature=0, repetition_penalty=1.8, frequency_penalty=0.7)
+    expected = [alone(model, tokenizer, prompt, config) for prompt in PROMPTS]
+    engine = Engine(model, tokenizer, drafter=ModelDraft(model, 4))
+    requests = [Request(prompt, config, stop_ids={answer[5]}) for prompt, answer in zip(PROMPTS, expected, strict=True)]
+    for request in requests:
+        engine.add(request)
+    got = [rows[0] for rows in answers(engine, requests)]
+    assert got == [answer[: answer.index(answer[5]) + 1] for answer in expected]
+
+
+def test_the_distribution_is_that_without_a_draft():
+    """Chi-square over all pairs of two tokens, drafted well, badly and impossibly."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(6, 6, generator=generator)  # logits after each token
+    config = SamplingConfig(temperature=0.7, top_k=5)
+    stream = torch.Generator().manual_seed(1)
+    n = 6000
+    for draft in ([int(table[0].argmax())], [int(table[0].argsort()[-2])], [int(table[0].argmin())]):
+        found: collections.Counter[int] = collections.Counter()
+        for _ in range(n):
+            found[judge(torch.stack([table[0], table[draft[0]]]), draft, config, [0], [], stream)[0]] += 1
+        p = shape(table[:1], config, [[0]], [[]]).softmax(-1)[0]
+        assert found.keys() <= set(p.nonzero().flatten().tolist())
+        chi = sum((found[t] - n * float(q)) ** 2 / (n * float(q)) for t, q in enumerate(p) if q > 0)
+        assert chi < 18.5  # 4 degrees of freedom: one in a thousand
+
+
+def test_lookup_takes_the_last_time_it_was_said():
+    text = Sequence([1, 2, 3, 9, 1, 2, 3, 4, 5, 6, 1, 2, 3], 3, (0, 0))
+    assert PromptLookup(n=3).propose([(text, 9)]) == [[4, 5, 6]]
+    assert PromptLookup(n=3).propose([(text, 2)]) == [[4, 5]]
+    assert PromptLookup().propose([(Sequence([1, 2], 2, (0, 0)), 9)]) == [[]]
+
+
+def test_bits_and_drafts_exclude_each_other(tokenizer):
+    with pytest.raises(ConfigError, match="draft"):
+        Engine(model_of("attention"), tokenizer, EngineConfig(deterministic=True), drafter=PromptLookup())
