@@ -18,7 +18,7 @@ from torch import Tensor
 from octavo.errors import ConfigError, NumericError, ResourceError
 from octavo.infer.blocks import Blocks
 from octavo.infer.drafts import Drafter
-from octavo.infer.executors import Executor, PassFailed, PlainExecutor
+from octavo.infer.executors import Executor, PassFailed, PlainExecutor, fastest
 from octavo.infer.memory import Pool, bytes_of, free_bytes
 from octavo.infer.sampling import SamplingConfig, choice_settings, choose, generator, judge
 from octavo.infer.scheduler import Plan, Scheduler, Work
@@ -153,7 +153,7 @@ class Engine:
             self.blocks, config.max_sequences, step_tokens=max(config.step_tokens, config.chunk), chunk=config.chunk,
             share=config.share_prefixes and self.pool.only_tokens, deterministic=config.deterministic,
         )  # fmt: skip
-        self.executor = executor(model, self.pool) if executor else self._plain()
+        self.executor = executor(model, self.pool) if executor else fastest(model, self.pool, self._plain())
         self.rows: dict[int, _Row] = {}
         self.n_drafted = self.n_accepted = 0
         self._order = itertools.count()
@@ -253,7 +253,7 @@ class Engine:
             "tokens_accepted": self.n_accepted,
         }
 
-    def _plain(self) -> Executor:
+    def _plain(self) -> PlainExecutor:
         memory_of = self._memory_of if isinstance(self.model, EncoderDecoder) else None
         return PlainExecutor(self.model, self.pool, memory_of=memory_of, deterministic=self.config.deterministic)
 

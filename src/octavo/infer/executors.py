@@ -8,11 +8,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from octavo.infer import native
 from octavo.infer.memory import Pool
 from octavo.infer.scheduler import Work
 from octavo.models.decoder import Decoder
 from octavo.models.encoder_decoder import EncoderDecoder
 from octavo.nn.contracts import Inputs, Memory
+
+
+NATIVE_TOKENS = 16
+"""Tokens of a work that the native step reads; longer parts are matrix products, which torch does faster."""
 
 
 class PassFailed(Exception):
@@ -93,3 +98,58 @@ class PlainExecutor:
             return self.model(inputs, state=state, needs=("logits",)).logits[rows, -n:]
         hidden = self.model(inputs, state=state, needs=("hidden",)).hidden
         return self.model.logits(hidden[rows, -n:]) if rows else hidden[:0]
+
+
+class NativeExecutor:
+    """Texts that go on, and short parts of prompts, in one native call (infer/native.py); the rest through ``plain``.
+
+    A row of the native step does not depend on the others in it, so this is deterministic whenever ``plain`` is: which
+    of the two reads a work is decided by its own length.
+    """
+
+    def __init__(self, model: Decoder, pool: Pool, plain: PlainExecutor):
+        self.native, self.pool, self.plain = native.packed(model), pool, plain
+        layers = [pool.buffers[f"{depth}.mixer"] for depth in range(self.native.n_layers)]
+        self.keys, self.values = ([own[name] for own in layers] for name in ("k", "v"))
+
+    def __call__(self, works: Sequence[Work]) -> Iterable[tuple[Work, Tensor | None]]:
+        own = [work for work in works if self._serves(work)]
+        if own:
+            try:
+                read = self._read(own)
+            except Exception as error:
+                raise PassFailed(own, error) from error
+            yield from read
+        if len(own) < len(works):
+            yield from self.plain([work for work in works if not self._serves(work)])
+
+    def _serves(self, work: Work) -> bool:
+        sequence = work.sequence
+        return work.n + len(work.draft) <= NATIVE_TOKENS and not sequence.whole and not sequence.alone
+
+    def _read(self, works: list[Work]) -> list[tuple[Work, Tensor | None]]:
+        tokens, whose, slots, wanted = list[int](), list[int](), list[int](), list[int]()
+        for i, work in enumerate(works):
+            new = work.tokens
+            start = work.sequence.length
+            tokens += new
+            whose += [i] * len(new)
+            slots += range(start, start + len(new))
+            wanted += range(len(tokens) - work.n_wanted, len(tokens))
+        tables = [work.sequence.table for work in works]
+        widest = max(map(len, tables))
+        numbers = torch.tensor([tokens, whose, slots])
+        logits = self.native.step(
+            numbers[0], numbers[1], numbers[2], numbers[2],
+            torch.tensor([[*table, *[0] * (widest - len(table))] for table in tables], dtype=torch.int32),
+            self.pool.block_size, torch.zeros_like(numbers[0]), self.keys, self.values, torch.tensor(wanted),
+        )  # fmt: skip
+        parts = iter(logits.split([work.n_wanted for work in works if work.completes]))
+        return [(work, next(parts) if work.completes else None) for work in works]
+
+
+def fastest(model: Any, pool: Pool, plain: PlainExecutor) -> Executor:
+    """The native executor where it serves the model and can be built, else the plain one."""
+    if native.unsuitable(model) or native.library()[1]:
+        return plain
+    return NativeExecutor(model, pool, plain)
