@@ -157,6 +157,43 @@ def test_a_decoder_reads_its_classes_from_the_last_token(side):
     agree("attention", "transformers LlamaForSequenceClassification", got, wanted, case=f"padded {side}")
 
 
+SIBLINGS: dict[str, Any] = {
+    "llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config,
+    "mistral": transformers.MistralConfig,
+}  # fmt: skip
+
+
+@pytest.mark.rows("A2")
+@pytest.mark.parametrize("purpose", ["sequence", "token"])
+@pytest.mark.parametrize("name", SIBLINGS)
+@torch.no_grad()
+def test_folders_of_decoders_with_classes_both_ways(name, purpose, tmp_path):
+    own = {"sliding_window": 4} if name == "mistral" else {"head_dim": 8} if name == "qwen3" else {}
+    named = {"id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
+    config = SIBLINGS[name](**SHAPE, **own, **named, num_key_value_heads=2, pad_token_id=PAD, bos_token_id=None,
+                            eos_token_id=None)  # fmt: skip
+    theirs = randomised(PURPOSES[purpose].from_config(config, attn_implementation="eager"))
+    theirs.save_pretrained(tmp_path / "theirs")
+    model, (tokens, valid) = load_model(tmp_path / "theirs"), texts()
+    assert model.config.classes.labels == ("a", "b", "c") and model.config.tie_embeddings
+    reach = (slice(None),) if purpose == "sequence" else valid
+
+    def compare(there: Any, case: str) -> None:
+        wanted = there(tokens, attention_mask=valid.long()).logits
+        got = model(Inputs(tokens, valid=valid), needs=("classes",)).classes
+        agree("attention", f"transformers {type(there).__name__}", got[reach], wanted[reach], case=case)
+
+    compare(theirs, name)
+    assert save_model(model, tmp_path / "ours", extra={"pad_token_id": PAD}) == name
+    back = type(theirs).from_pretrained(tmp_path / "ours", attn_implementation="eager", trust_remote_code=False).eval()
+    assert back.config.id2label == {0: "a", 1: "b", 2: "c"}
+    compare(back, f"{name}, written here")
+    path = tmp_path / "ours" / "model.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if k != "score.weight"} | {"x": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match=r"missing: score\.weight.*not used: x"):
+        load_model(tmp_path / "ours")
+
+
 # ------------------------------------------------------------------------------------------- Gemma 3
 
 GEMMA = {

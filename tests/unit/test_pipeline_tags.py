@@ -128,7 +128,7 @@ def test_what_does_not_go_with_tags_is_refused(files):
     data = {"kind": "tagged", "paths": ["x"]}
     with pytest.raises(ConfigErrors, match="does not go with data tagged"):
         Recipe.parse({"model": {"kind": "pretrained", "path": "x"}, "tune": {"data": data, "objective": "causal"}})
-    with pytest.raises(ConfigErrors, match="objective.problem = multi_label"):
+    with pytest.raises(ConfigErrors, match=r"objective\.problem = multi_label"):
         wrong = {"kind": "classes", "problem": "multi_label"}
         Recipe.parse({"model": {"kind": "pretrained", "path": "x"}, "tune": {"data": data, "objective": wrong}})
 
