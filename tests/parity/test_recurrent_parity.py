@@ -155,3 +155,36 @@ def test_both_directions_keep_the_laws_of_models_that_read_both_ways(kind):
 def test_both_directions_are_refused_in_a_causal_model():
     config = laws.models_around("lstm", both="sum")["alone"]
     assert [(r.law, r.status) for r in laws.check(config)] == [("build", "broken")]
+
+
+@pytest.mark.rows("N10")
+@pytest.mark.parametrize("name", ["rnn tanh", "rnn relu", "gru"])
+def test_the_gradient_of_the_input_where_weights_are_frozen(name):
+    """The pass through time is written by hand: what is not asked for is not computed, and nothing else changes."""
+    mixer, reference, _ = pair(name)
+    x = torch.randn(3, T, D, dtype=torch.float64)
+    weight = torch.randn(3, T, H, dtype=torch.float64)
+    mixer.there.up.weight.requires_grad_(False)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    (mixer(ours, place(Inputs(torch.zeros(3, T, dtype=torch.long)))[0])[0] * weight).sum().backward()
+    (reference(theirs)[0] * weight).sum().backward()
+    kind, said = name.split()[0], f"torch.nn.{type(reference).__name__}"
+    agree(kind, said, ours.grad, theirs.grad, case=f"{name}, gradient of the input")
+    assert mixer.there.up.weight.grad is None
+    agree(kind, said, mixer.there.over.weight.grad, reference.weight_hh_l0.grad, case=f"{name}, frozen input weights")
+
+
+@pytest.mark.rows("N10")
+@pytest.mark.parametrize("name", ["rnn tanh", "rnn relu", "lstm", "gru"])
+def test_sixteen_bits(name):
+    """Gates and hidden states are rounded at every step on both sides; how near two such passes are is bfloat16's."""
+    mixer, reference, _ = pair(name)
+    x = torch.randn(2, T, D, dtype=torch.float64).bfloat16()
+    got = mixer.bfloat16()(x, place(Inputs(torch.zeros(2, T, dtype=torch.long)))[0])[0]
+    wanted = reference.bfloat16()(x)[0]
+    got.float().sum().backward()
+    wanted.float().sum().backward()
+    kind, said = name.split()[0], f"torch.nn.{type(reference).__name__}"
+    agree(kind, said, got, wanted, case=f"{name}, bf16")
+    for mine, yours in zip(mixer.there.weights(), reference.parameters(), strict=True):
+        agree(kind, said, mine.grad, yours.grad, case=f"{name}, bf16, gradients")

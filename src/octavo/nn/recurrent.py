@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from octavo.nn.contracts import Aux, Capabilities, Context, Dims, Mixer
 from octavo.nn.projection import Projection
 from octavo.nn.state import LayerState, StateField, StateSpec
+from octavo.nn.through_time import GruSteps, Network, SimpleSteps, through_time
 from octavo.schema import Config
 
 Hidden = tuple[Tensor, ...]
@@ -73,9 +75,10 @@ class _Documents(NamedTuple):
 class Recurrent(Mixer):
     """What the three have in common: directions, documents, padding, and how the steps are run.
 
-    ``plain`` goes step by step. ``auto`` uses torch's fused kernels: over whole rows as they are, over documents as
-    rows of about one length, and with a state as the packed sequences of torch.nn.utils.rnn. Single steps, compiled
-    passes over documents and an activation that torch has no kernel for go step by step in any case.
+    ``plain`` goes step by step. ``auto`` uses torch's fused kernels, or on the CPU ``through_time`` where that is
+    quicker: over whole rows as they are, over documents as rows of about one length; and with a state torch's, on the
+    packed sequences of torch.nn.utils.rnn. Single steps, compiled passes over documents and an activation that torch
+    has no kernel for go step by step where neither serves.
     """
 
     gates: ClassVar[int]
@@ -101,6 +104,10 @@ class Recurrent(Mixer):
     def kernel(self) -> Any:
         """torch's fused kernel, or None where there is none."""
 
+    def network(self) -> Network | None:
+        """What ``through_time`` runs quicker than that kernel on a CPU, if it does."""
+        return None
+
     def state_spec(self) -> StateSpec:
         if self.back is not None:
             return {}
@@ -125,15 +132,14 @@ class Recurrent(Mixer):
         if hidden is None:
             hidden = tuple(x.new_zeros(len(x), self.width) for _ in self.fields)
         fused = None if self.config.backend == "plain" or (one and not fresh) else self.kernel()
+        rows = self._rows(fused, cell, x) if fresh else None
         # Tensors without data have no documents to be seen: whole rows take as much memory.
-        if fused is not None and fresh and (not ctx.restarts or x.device.type == "meta"):
-            start = [h[None] for h in hidden]
-            y, *after = fused(x, _one_or_all(start), cell.weights(), True, 1, 0.0, self.training, False, True)
-            return y, tuple(h[0] for h in after)  # with padding this is not the last valid one; nobody asks for it
-        if fused is not None and not torch.compiler.is_compiling():
-            documents = _Documents.of(ctx)
-            run = self._in_lengths if fresh else self._as_sequences
-            return run(fused, cell, x, documents, hidden)
+        if rows is not None and (not ctx.restarts or x.is_meta):
+            return rows(x), hidden  # the last state is of no use without one to keep
+        if rows is not None and not torch.compiler.is_compiling():
+            return self._in_lengths(rows, x, _Documents.of(ctx)), hidden
+        if not fresh and fused is not None and not torch.compiler.is_compiling():
+            return self._as_sequences(fused, cell, x, _Documents.of(ctx), hidden)
         ys = []
         for t, inner in enumerate(cell.up(x).unbind(1)):
             start, valid = ctx.starts[:, t, None], ctx.valid[:, t, None]
@@ -142,9 +148,22 @@ class Recurrent(Mixer):
             ys.append(torch.where(valid, hidden[0], 0.0))
         return torch.stack(ys, 1), hidden
 
-    def _in_lengths(
-        self, fused: Any, cell: Cell, x: Tensor, documents: _Documents, hidden: Hidden
-    ) -> tuple[Tensor, Hidden]:
+    def _rows(self, fused: Any, cell: Cell, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """What takes whole rows that begin at nothing, (N, T, D), to their hidden states (N, T, H)."""
+        network, weights = self.network(), cell.weights()
+        here = x.is_meta or (x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"))
+        if network is not None and here and self.config.backend == "auto" and not torch.compiler.is_compiling():
+            return lambda rows: through_time(network, rows, weights)
+        if fused is None:
+            return None
+
+        def run(rows: Tensor) -> Tensor:
+            start = [rows.new_zeros(1, len(rows), self.width) for _ in self.fields]
+            return fused(rows, _one_or_all(start), weights, True, 1, 0.0, self.training, False, True)[0]
+
+        return run
+
+    def _in_lengths(self, run: Callable[[Tensor], Tensor], x: Tensor, documents: _Documents) -> Tensor:
         """Every document begins at nothing: those of about one length are rows of a batch, padded at the end."""
         flat, lengths = x.flatten(0, 1), documents.lengths
         y = flat.new_zeros(len(flat), self.width)
@@ -153,11 +172,9 @@ class Recurrent(Mixer):
             begins, n = documents.begins[classes == one], lengths[classes == one]
             order = torch.arange(int(n.max()), device=x.device)
             at, own = begins[:, None] + order, order < n[:, None]
-            start = [x.new_zeros(1, len(n), self.width) for _ in self.fields]
-            rows = flat[at.clamp(max=len(flat) - 1)]
-            out = fused(rows, _one_or_all(start), cell.weights(), True, 1, 0.0, self.training, False, True)[0]
+            out = run(flat[at.clamp(max=len(flat) - 1)])
             y = y.index_put((at[own],), out[own])
-        return y.view(*x.shape[:2], -1), hidden  # of no use without a state to keep
+        return y.view(*x.shape[:2], -1)
 
     def _as_sequences(
         self, fused: Any, cell: Cell, x: Tensor, documents: _Documents, hidden: Hidden
@@ -221,6 +238,9 @@ class Rnn(Recurrent):
     def step(self, inner: Tensor, over: Projection, hidden: Hidden) -> Hidden:
         return (getattr(torch, self.config.activation)(inner + over(hidden[0])),)
 
+    def network(self) -> Network:
+        return SimpleSteps(self.config.activation)
+
     def kernel(self) -> Any:
         return {"tanh": torch._VF.rnn_tanh, "relu": torch._VF.rnn_relu}.get(self.config.activation)  # type: ignore[attr-defined]
 
@@ -266,6 +286,9 @@ class Gru(Recurrent):
         hr, hz, hn = over(h).chunk(3, -1)
         z = (iz + hz).sigmoid()
         return ((1 - z) * (inn + (ir + hr).sigmoid() * hn).tanh() + z * h,)
+
+    def network(self) -> Network:
+        return GruSteps()
 
     def kernel(self) -> Any:
         return torch._VF.gru  # type: ignore[attr-defined]
