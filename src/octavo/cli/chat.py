@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from octavo.cli.generate import (
+    Draft,
     MaxNewTokens,
     MinP,
     Model,
@@ -20,11 +21,14 @@ from octavo.cli.generate import (
     Temperature,
     TopK,
     TopP,
+    drafter_of,
     sampling,
 )
 from octavo.errors import ConfigError, OctavoError
 
 if TYPE_CHECKING:
+    from octavo.infer.drafts import Drafter
+    from octavo.infer.engine import Engine
     from octavo.infer.sampling import SamplingConfig
 
 app = typer.Typer(rich_markup_mode="rich")
@@ -49,6 +53,7 @@ def chat(
         Path | None, typer.Option(help="A store (`octavo store`) whose passages are put before each question.")
     ] = None,
     passages: Annotated[int, typer.Option(min=1, help="Passages of the store for each question.")] = 3,
+    draft: Draft = None,
 ) -> None:
     """Talk to a model. It remembers the conversation; /reset forgets it, /exit leaves.
 
@@ -71,7 +76,8 @@ def chat(
 
     look_up = looking_up(store, passages)
     lm: Any = octavo.load(model)
-    converse(lm.model, lm.tokenizer, config, system=system, name=model.resolve().name, look_up=look_up)
+    drafter = drafter_of(lm, draft, 1)
+    converse(lm.model, lm.tokenizer, config, system=system, name=model.resolve().name, look_up=look_up, drafter=drafter)
 
 
 def converse(
@@ -82,11 +88,13 @@ def converse(
     system: str | None = None,
     name: str = "",
     look_up: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None = None,
+    drafter: Drafter | None = None,
 ) -> None:
     """Read messages and stream answers until the input ends.
 
     Args:
         look_up: changes what the model reads, not what is remembered of the conversation.
+        drafter: guesses ahead; the answers have the same distribution.
 
     Raises:
         ConfigError: the model has no chat template; in a script also a conversation that has become too long.
@@ -106,6 +114,7 @@ def converse(
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     opening = [] if system is None else [{"role": "system", "content": system}]
     messages = list(opening)
+    engine = _engine(model, tokenizer, drafter)
     if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - arrow keys and history at the prompt
@@ -123,7 +132,7 @@ def converse(
         elif command:
             asked = [*messages, {"role": "user", "content": line}]
             try:
-                answer = _answer(model, tokenizer, look_up(asked) if look_up else asked, config, interactive)
+                answer = _answer(engine, look_up(asked) if look_up else asked, config, interactive)
             except OctavoError as error:
                 if not interactive:
                     raise
@@ -145,17 +154,22 @@ def _lines(interactive: bool) -> Iterator[str]:
             return
 
 
-def _answer(
-    model: Any, tokenizer: Any, messages: list[dict[str, str]], config: SamplingConfig, interactive: bool
-) -> str:
+def _engine(model: Any, tokenizer: Any, drafter: Drafter | None) -> Engine:
+    """It remembers how the conversation began, so that only what is new of it is read."""
+    from octavo.infer.engine import Engine, EngineConfig
+
+    return Engine(model, tokenizer, EngineConfig(max_sequences=1, max_tokens=2 * model.max_seq_len), drafter=drafter)
+
+
+def _answer(engine: Engine, messages: list[dict[str, str]], config: SamplingConfig, interactive: bool) -> str:
     """Stream one answer to standard output and return it, or what there is of it after Ctrl-C."""
     from octavo.infer.generate import pieces
 
-    ids = tokenizer.render(messages, add_generation_prompt=True).ids
+    ids = engine.tokenizer.render(messages, add_generation_prompt=True).ids
     said: list[str] = []
     reason = None
     try:
-        for piece in pieces(model, tokenizer, [ids], config, on_full="stop"):
+        for piece in pieces(engine.model, engine.tokenizer, [ids], config, on_full="stop", engine=engine):
             said.append(piece.text)
             reason = piece.finish_reason
             sys.stdout.write(piece.text)

@@ -148,15 +148,20 @@ class Engine:
                 f"a decode state of {capacity:,} tokens takes {wanted / 2**30:.1f} GiB, which there is not",
                 fix="lower max_tokens or max_sequences of the engine",
             ) from None
+        self.executor = executor(model, self.pool) if executor else fastest(model, self.pool, self._plain())
+        self._order = itertools.count()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every request and every text."""
+        config, size = self.config, self.pool.block_size
         self.blocks = Blocks(self.n_blocks, size) if self.n_blocks else None
         self.scheduler = Scheduler(
             self.blocks, config.max_sequences, step_tokens=max(config.step_tokens, config.chunk), chunk=config.chunk,
             share=config.share_prefixes and self.pool.only_tokens, deterministic=config.deterministic,
         )  # fmt: skip
-        self.executor = executor(model, self.pool) if executor else fastest(model, self.pool, self._plain())
         self.rows: dict[int, _Row] = {}
         self.n_drafted = self.n_accepted = 0
-        self._order = itertools.count()
 
     @property
     def busy(self) -> bool:

@@ -33,6 +33,7 @@ def generate(
     stop_ids: Collection[int] | None = None,
     on_full: OnFull = "crop",
     n_top: int | None = None,
+    engine: Engine | None = None,
 ) -> list[Completion]:
     """Complete every prompt; see ``pieces`` for the arguments.
 
@@ -40,7 +41,8 @@ def generate(
         One completion per prompt, in their order.
     """
     steps: list[list[Piece]] = [[] for _ in prompts]
-    for piece in pieces(model, tokenizer, prompts, config, stop_ids=stop_ids, on_full=on_full, n_top=n_top):
+    how = {"stop_ids": stop_ids, "on_full": on_full, "n_top": n_top, "engine": engine}
+    for piece in pieces(model, tokenizer, prompts, config, **how):  # type: ignore[arg-type]
         steps[piece.row].append(piece)
     return [
         Completion(
@@ -61,9 +63,10 @@ def stream(
     *,
     stop_ids: Collection[int] | None = None,
     on_full: OnFull = "crop",
+    engine: Engine | None = None,
 ) -> Iterator[str]:
     """The completion of one prompt, as soon as each whole character of it is certain."""
-    for piece in pieces(model, tokenizer, [prompt], config, stop_ids=stop_ids, on_full=on_full):
+    for piece in pieces(model, tokenizer, [prompt], config, stop_ids=stop_ids, on_full=on_full, engine=engine):
         if piece.text:
             yield piece.text
 
@@ -77,6 +80,7 @@ def pieces(
     stop_ids: Collection[int] | None = None,
     on_full: OnFull = "crop",
     n_top: int | None = None,
+    engine: Engine | None = None,
 ) -> Iterator[Piece]:
     """Decode all prompts together, one token a row and step.
 
@@ -91,6 +95,8 @@ def pieces(
             them anew for every token (the textbook loop of GPT-2; the cache cannot help, as every position moves).
             ``stop`` refuses a prompt that leaves no room and ends a row when the context is full.
         n_top: with a number, every piece carries its log-probability and those of the ``n_top`` best tokens.
+        engine: where to decode; by default one of its own, as large as these texts can become. One that is kept
+            remembers how earlier texts began, and may have a drafter.
 
     Raises:
         ConfigError: an empty prompt, an id outside the vocabulary, or a prompt too long under ``stop``.
@@ -99,21 +105,29 @@ def pieces(
     config = config or SamplingConfig()
     check_prompts(model, prompts, on_full)
     ends = frozenset(tokenizer.stop_ids if stop_ids is None else stop_ids)
-    engine = Engine(model, tokenizer, _room_for(model, prompts, config))
+    engine = engine or Engine(model, tokenizer, room_for(model, prompts, config))
     requests = {}
-    for row, prompt in enumerate(prompts):
-        request = Request(prompt, config, stop_ids=ends, on_full=on_full, n_top=n_top, first_stream=row)
-        engine.add(request)
-        requests[request] = row
-    with evaluating(model):
-        while engine.busy:
-            for request, event in engine.step():
-                if isinstance(event, Failure):
-                    raise event.error
-                yield replace(event, row=requests[request])
+    try:
+        for row, prompt in enumerate(prompts):
+            request = Request(prompt, config, stop_ids=ends, on_full=on_full, n_top=n_top, first_stream=row)
+            engine.add(request)
+            requests[request] = row
+        with evaluating(model):
+            while engine.busy:
+                for request, event in engine.step():
+                    if isinstance(event, Failure):
+                        raise event.error
+                    yield replace(event, row=requests[request])
+    except GeneratorExit:  # whoever asked has stopped listening
+        for request in requests:
+            engine.cancel(request)
+        raise
+    except BaseException:  # an interrupt too, in the middle of a step
+        engine.reset()
+        raise
 
 
-def _room_for(model: Any, prompts: Sequence[Sequence[int]], config: SamplingConfig) -> EngineConfig:
+def room_for(model: Any, prompts: Sequence[Sequence[int]], config: SamplingConfig) -> EngineConfig:
     """An engine that holds all of these texts at once, however long they become."""
     longest = [min(len(prompt) + config.max_new_tokens, model.max_seq_len) for prompt in prompts]
     size = min(EngineConfig().block_size, model.max_seq_len)

@@ -211,10 +211,10 @@ def test_chat_and_server_read_what_was_found_and_a_store_that_changed(tmp_path, 
     question = {"role": "user", "content": "Who built the tower of Velm?"}
 
     asked = []
-    monkeypatch.setattr(chat_verb, "_answer", lambda *given: asked.append(given[2]) or "Nobody knows.")
+    monkeypatch.setattr(chat_verb, "_answer", lambda *given: asked.append(given[1]) or "Nobody knows.")
 
     monkeypatch.setattr("sys.stdin", Lines([question["content"] + "\n", "hello\n"]))
-    chat_verb.converse(None, tokenizer, SamplingConfig(), look_up=look_up)
+    chat_verb.converse(Scripted([0, 1], 300), tokenizer, SamplingConfig(), look_up=look_up)
     assert asked[0][-1]["content"].startswith("[1] The tower of Velm was built")
     assert asked[1][0] == question  # what is remembered is what was typed
 
