@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from octavo.retrieval.index import Embed
-    from octavo.retrieval.store import Store
+    from octavo.retrieval.store import Store, StoreConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,14 +41,14 @@ def build(
     Examples: [bold]octavo store build facts notes.md[/bold]   ·   [bold]octavo store build facts notes.md --model
     runs/encoder[/bold]
     """
-    from octavo.retrieval.index import Dense
-    from octavo.retrieval.store import Store, StoreConfig
+    from octavo.retrieval.store import Store
 
     read = _passages(texts, size)  # before the folder is made
-    config = StoreConfig(index=Dense.Config(model=model)) if model else StoreConfig()
-    made = Store.create(store, config, embedder(model) if model else None)
+    embed = Encoder(model) if model else None
+    made = Store.create(store, _config(store, model), embed)
     made.add(read)
     typer.echo(f"{store}: {len(made.passages):,} passages")
+    _tell_cut(embed)
 
 
 @app.command()
@@ -59,6 +61,7 @@ def add(store: Folder, texts: Texts, size: Size = 800) -> None:
     opened = open_store(store)
     made = opened.add(read)
     typer.echo(f"{store}: {len(made):,} passages more, {len(opened.passages):,} in all")
+    _tell_cut(opened.embed)
 
 
 @app.command()
@@ -80,6 +83,24 @@ def remove(
     if not n:
         raise ConfigError("the store has no such passage", fix="see the numbers with `octavo store search`")
     typer.echo(f"{store}: {n:,} passages removed, {len(opened.passages):,} left")
+
+
+@app.command()
+def index(
+    store: Folder,
+    model: Annotated[str | None, typer.Option(help="Search by vectors of this model; without: by words.")] = None,
+) -> None:
+    """Search a store in another way from now on, or by another model or one that has moved. No passage changes.
+
+    Example: [bold]octavo store index facts --model runs/encoder[/bold]   ·   [bold]octavo store index facts[/bold]
+    """
+    from octavo.retrieval.store import Store
+
+    embed = Encoder(model) if model else None
+    opened = Store.open(store, embed, check=False)
+    opened.index_by(_config(store, model), embed)
+    typer.echo(f"{store}: {len(opened.passages):,} passages, by {f'vectors of {model}' if model else 'words'}")
+    _tell_cut(embed)
 
 
 @app.command()
@@ -109,10 +130,16 @@ def search(
 
 def open_store(folder: Path) -> Store:
     """The store of a folder, with the model that embeds if it has one."""
+    from octavo.errors import ConfigError
     from octavo.retrieval.store import Store, model_of
 
     model = model_of(folder)
-    return Store.open(folder, embedder(model) if model else None)
+    try:
+        embed = Encoder(model) if model else None
+    except ConfigError as error:
+        fix = f"put it back, or octavo store index {folder} --model MODEL"
+        raise ConfigError(f"the store {folder} is searched with a model: {error.what}", fix=fix) from None
+    return Store.open(folder, embed)
 
 
 def looking_up(folder: Path | None, k: int) -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None:
@@ -136,14 +163,62 @@ def looking_up(folder: Path | None, k: int) -> Callable[[list[dict[str, Any]]], 
     return look_up
 
 
-def embedder(model: str) -> Embed:
-    """What turns texts into vectors: the embeddings of a run or a model folder."""
-    import numpy as np
+class Encoder:
+    """What turns texts into vectors: the embeddings of a run or a model folder.
 
-    import octavo
+    Raises:
+        ConfigError: the model is not there, or makes none.
+    """
 
-    lm = octavo.load(model)
-    return lambda texts: np.asarray(lm.embed(list(texts)), np.float32)
+    def __init__(self, model: str):
+        import octavo
+        from octavo.errors import ConfigError
+        from octavo.models.encoder_decoder import EncoderDecoder
+
+        self.lm = octavo.load(model)
+        if isinstance(self.lm.network, EncoderDecoder):
+            raise ConfigError(f"{model} is an encoder-decoder, which has no vectors of texts", fix="use an encoder")
+        self.cut = 0  # texts whose end the model did not read
+
+    @property
+    def limit(self) -> int:
+        """The most tokens of a text that are read."""
+        said = self.lm.sentences.max_tokens if self.lm.sentences is not None else None
+        return min(said or self.lm.max_seq_len, self.lm.max_seq_len)
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        from octavo.training.progress import Console
+
+        if len(texts) == 1:  # a question
+            return self.lm.embed(texts)
+        special = self.lm.tokenizer.special
+        room = self.limit - (special.first is not None) - (special.last is not None)
+        self.cut += sum(len(ids) > room for ids in self.lm.tokenizer.encode_batch(list(texts)))
+        with Console().bar(len(texts), "passage") as bar:
+            shown = 0
+
+            def progress(done: int) -> None:
+                nonlocal shown
+                bar.update(done - shown)
+                shown = done
+
+            return self.lm.embed(texts, progress=progress)
+
+
+def _config(store: Path, model: str | None) -> StoreConfig:
+    from octavo.retrieval.index import Dense
+    from octavo.retrieval.store import StoreConfig, named_from
+
+    return StoreConfig(index=Dense.Config(model=named_from(store, model))) if model else StoreConfig()
+
+
+def _tell_cut(embed: Embed | None) -> None:
+    if isinstance(embed, Encoder) and embed.cut:
+        typer.echo(
+            f"{embed.cut:,} of them are longer than the {embed.limit} tokens that the model reads: "
+            "their ends are not compared (--size makes shorter ones)",
+            err=True,
+        )
 
 
 def _passages(files: list[Path], size: int) -> list[tuple[str, str]]:

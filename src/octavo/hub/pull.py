@@ -29,6 +29,7 @@ HUB = "https://huggingface.co"
 SMALL_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+    "modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json",
 )  # fmt: skip
 MAX_SMALL_BYTES = 256 << 20
 ASIDE, RECORD = ".pull", "pull.json"
@@ -66,7 +67,7 @@ class RemoteFile:
     @property
     def part(self) -> str:
         """The name while it is fetched: of this content alone, so that no two versions are ever joined."""
-        return f"{self.name}.{(self.sha256 or self.blob or str(self.size))[:16]}"
+        return f"{self.name.replace('/', '--')}.{(self.sha256 or self.blob or str(self.size))[:16]}"
 
 
 def pull(name: str, target: Path | None = None, progress: Progress | None = None) -> Path:
@@ -127,7 +128,7 @@ class _Hub:
         self.commit = revision or "main"
 
     def listing(self) -> tuple[str, list[RemoteFile]]:
-        """The commit, and the files at the top of the repository."""
+        """The commit, and the files at the top of the repository and what else a model may need."""
         from huggingface_hub import HfApi
 
         with self._explained():
@@ -136,7 +137,8 @@ class _Hub:
         self.commit = info.sha or self.commit
         files = []
         for file in info.siblings or ():
-            if "/" in file.rfilename or "\\" in file.rfilename or file.rfilename.startswith("."):
+            strange = "/" in file.rfilename or "\\" in file.rfilename or file.rfilename.startswith(".")
+            if strange and file.rfilename not in SMALL_FILES:
                 continue
             size = file.lfs.size if file.lfs else file.size
             if type(size) is not int or size < 0:
@@ -319,6 +321,7 @@ def _take_places(target: Path, aside: Path, missing: Sequence[RemoteFile], wante
     for file in [*(file for file in missing if file != config), config]:
         if file == config:
             fsync_path(target)
+        make_folder((target / file.name).parent)
         (aside / file.part).rename(target / file.name)
     fsync_path(target)
 

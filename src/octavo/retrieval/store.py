@@ -1,8 +1,8 @@
 """A store of passages: a folder that grows and shrinks without any training, and is searched.
 
-    store.json        what kind of search, and the number of the next passage
-    passages.jsonl    {id, text, source}, one a line
-    vectors.npy       their vectors, of a dense store
+    store.json        what kind of search, the number of the next passage, the vector of a text that is always the same
+    passages-N.jsonl  {id, text, source}, one a line
+    vectors-N.npy     their vectors, of a dense store
 
 Every change writes new files aside and renames them, store.json last: it names the files that belong together.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +28,9 @@ from octavo.schema import Config, one_of
 
 FORMAT = 1
 INDEXES: dict[str, type] = {"bm25": Bm25, "dense": Dense}
-BATCH = 64
+BATCH = 4096  # texts that are embedded at once
+PROBE = "The model that made these vectors is known by that of this sentence; 0123456789."
+SAME = 0.999  # the cosine of two vectors of it that one model made, in whatever number format
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +69,11 @@ class Store:
         self.folder, self.config, self.embed = Path(folder), config, embed
         self.passages: list[Passage] = []
         self.vectors = np.zeros((0, 0), np.float32)
+        self.probe: list[float] | None = None
         self.next_id = 1
         self._index: Index | None = None
         if self.dense and embed is None:
-            raise ConfigError("a dense store needs a model that embeds", fix="give the model, or use --kind bm25")
+            raise ConfigError("a dense store needs a model that embeds", fix="give the model, or search by words")
 
     @property
     def dense(self) -> bool:
@@ -91,17 +95,21 @@ class Store:
         return store
 
     @classmethod
-    def open(cls, folder: str | Path, embed: Embed | None = None) -> Store:
+    def open(cls, folder: str | Path, embed: Embed | None = None, *, check: bool = True) -> Store:
         """The store in a folder.
 
+        Args:
+            check: whether ``embed`` has to be the model that made the vectors; not before ``index_by``.
+
         Raises:
-            ConfigError: there is none. DataError: its files are damaged, or not of one another.
+            ConfigError: there is none, or ``embed`` is another model than that which made its vectors.
+            DataError: its files are damaged, or not of one another.
         """
         folder = Path(folder)
         try:
             about = json.loads((folder / "store.json").read_text(encoding="utf-8"))
             config = StoreConfig.model_validate({"index": about["index"]})
-            store = cls(folder, config, embed)
+            store = cls(folder, config, embed or (None if check else _nothing))
             store.next_id = int(about["next_id"])
             for name, digest in about["files"].items():
                 if sha256_file(folder / Path(name).name) != digest:
@@ -110,6 +118,7 @@ class Store:
             store.passages = [Passage(**json.loads(line)) for line in lines]
             if store.dense:
                 store.vectors = np.load(folder / about["vectors"], allow_pickle=False)
+                store.probe = about.get("probe")
         except FileNotFoundError as error:
             if Path(error.filename or "").name == "store.json":
                 raise ConfigError(f"{folder} is no store", fix="make one with `octavo store build`") from None
@@ -117,15 +126,40 @@ class Store:
         except (KeyError, TypeError, ValueError, ValidationError) as error:
             first = str(error).splitlines()[0]
             raise DataError(f"{folder / 'store.json'} does not make sense: {first}", fix="restore it") from None
+        if check:
+            store._check_probe()
         return store
+
+    def _check_probe(self) -> None:
+        """Whether the model at hand makes the vectors that the store's own made: its path alone does not say so."""
+        if self.probe is None or self.embed is None:
+            return
+        now, then = unit(self.embed([PROBE]))[0], np.asarray(self.probe, np.float32)
+        if now.shape != then.shape or float(now @ then) < SAME:
+            raise ConfigError(
+                f"the vectors of {self.folder} are of another model than {model_of(self.folder)} is now",
+                fix=f"octavo store index {self.folder} --model MODEL",
+            )
+
+    def index_by(self, config: StoreConfig, embed: Embed | None = None) -> None:
+        """Search in another way, or by another model: every passage is indexed anew."""
+        other = Store(self.folder, config, embed)
+        texts = [passage.text for passage in self.passages]
+        self.config, self.embed, self.probe = other.config, other.embed, None
+        self.vectors = self._embedded(texts) if self.dense else other.vectors
+        self._save()
+
+    def _embedded(self, texts: Sequence[str]) -> np.ndarray:
+        assert self.embed is not None
+        parts = [self.embed(texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)]
+        return unit(np.concatenate(parts)) if parts else np.zeros((0, 0), np.float32)
 
     def add(self, texts: Iterable[tuple[str, str]]) -> list[Passage]:
         """Add (text, source) pairs; empty texts are left out. Returns the passages with their numbers."""
         new = [(text.strip(), source) for text, source in texts if text.strip()]
         made = [Passage(self.next_id + i, text, source) for i, (text, source) in enumerate(new)]
-        if made and self.embed is not None and self.dense:
-            parts = [self.embed([p.text for p in made[i : i + BATCH]]) for i in range(0, len(made), BATCH)]
-            vectors = unit(np.concatenate(parts))
+        if made and self.dense:
+            vectors = self._embedded([passage.text for passage in made])
             if len(self.vectors) and self.vectors.shape[1] != vectors.shape[1]:
                 raise ConfigError(
                     f"the store's vectors have {self.vectors.shape[1]} numbers, the model's {vectors.shape[1]}",
@@ -168,6 +202,8 @@ class Store:
         rows = (json.dumps(asdict(passage), ensure_ascii=False) for passage in self.passages)
         write_atomic(self.folder / names["passages"], "".join(f"{row}\n" for row in rows))
         if self.dense:
+            if self.probe is None and self.embed is not None:
+                self.probe = [round(float(x), 6) for x in unit(self.embed([PROBE]))[0]]
             names["vectors"] = f"vectors-{number}.npy"
             held = io.BytesIO()
             np.save(held, self.vectors, allow_pickle=False)
@@ -176,6 +212,7 @@ class Store:
             "format": FORMAT,
             "index": self.config.index.model_dump(mode="json"),  # type: ignore[attr-defined]
             "next_id": self.next_id,
+            **({"probe": self.probe} if self.dense else {}),
             **names,
             "files": {name: sha256_file(self.folder / name) for name in names.values()},
         }
@@ -189,9 +226,21 @@ def model_of(folder: str | Path) -> str | None:
     """The model whose vectors a store compares; None of one that searches by words, or of no store."""
     try:
         index = json.loads((Path(folder) / "store.json").read_text(encoding="utf-8"))["index"]
-        return index["model"] if index["kind"] == "dense" else None
+        model = index["model"] if index["kind"] == "dense" else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    beside = None if model is None else Path(folder) / model
+    return os.path.normpath(beside) if beside is not None and beside.exists() else model
+
+
+def _nothing(texts: Sequence[str]) -> np.ndarray:
+    return np.zeros((len(texts), 0), np.float32)
+
+
+def named_from(folder: str | Path, model: str) -> str:
+    """How a store names a model: by the way from its own folder, so that both may move, or be used from elsewhere."""
+    there = Path(model)
+    return os.path.relpath(there.resolve(), Path(folder).resolve()) if there.exists() else model
 
 
 def cut(text: str, size: int = 800) -> Iterator[str]:
