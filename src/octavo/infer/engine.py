@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -35,6 +35,18 @@ OnFull = Literal["crop", "stop"]
 
 SHARE_OF_MEMORY = 0.5
 """Of the memory that is free, what a state may take where its size is not said."""
+
+
+class Constraint(Protocol):
+    """What a text has to follow: a grammar, a schema."""
+
+    def mask(self, logits: Tensor) -> None:
+        """Give every token that cannot come next -inf, in logits (V,)."""
+        ...
+
+    def accept(self, token: int) -> bool:
+        """Take the token that was chosen; True if the text is complete with it."""
+        ...
 
 
 class EngineConfig(Config):
@@ -64,6 +76,7 @@ class Request:
         n_top: with a number, every piece carries its log-probability and those of the ``n_top`` best tokens.
         priority: smaller goes first; of equals the earlier.
         within: prompts share memory only with prompts of the same.
+        constraint: makes, for each text, what its tokens have to follow; such texts are not drafted.
     """
 
     prompt: Sequence[int]
@@ -75,6 +88,7 @@ class Request:
     priority: int = 0
     first_stream: int = 0
     within: Hashable = ""
+    constraint: Callable[[], Constraint] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +111,7 @@ class _Row:
     stream: torch.Generator
     sequence: Text
     how: tuple[object, ...]
+    constraint: Constraint | None
     followers: list[_Row] = field(default_factory=list)
 
     @property
@@ -198,7 +213,8 @@ class Engine:
             sequence = Text(list(prompt), len(prompt), (request.priority, next(self._order)), request.within)
             stream = generator(request.config, request.first_stream + i)
             text = CertainText(self.tokenizer, prompt, request.config.stop)
-            row = _Row(request, i, text, stream, sequence, how)
+            constraint = request.constraint() if request.constraint else None
+            row = _Row(request, i, text, stream, sequence, how, constraint)
             sequence.owner = row
             if len(prompt) > limit:
                 self.scheduler.read_whole(sequence)
@@ -300,7 +316,7 @@ class Engine:
             sequence.draft = []
             n, request = len(sequence.tokens), row.request
             room = min(request.config.max_new_tokens - (n - sequence.n_prompt), self.model.max_seq_len - n) - 1
-            if sequence.pending == 1 and room > 0 and not sequence.whole:
+            if sequence.pending == 1 and room > 0 and not sequence.whole and row.constraint is None:
                 asked.append((sequence, room))
         for (sequence, room), draft in zip(asked, drafter.propose(asked), strict=True):
             sequence.draft = list(itertools.takewhile(lambda token: 0 <= token < self.n_tokens, draft[:room]))
@@ -358,6 +374,9 @@ class Engine:
         logits = logits[:, : self.n_tokens].float()
         request = rows[0].request
         prompts = [row.sequence.tokens[: row.sequence.n_prompt] for row in rows]
+        for row, own in zip(rows, logits, strict=True):
+            if row.constraint is not None:
+                row.constraint.mask(own)
         try:
             chosen = choose(logits, request.config, prompts, [r.produced for r in rows], [r.stream for r in rows])
         except NumericError as error:
@@ -377,6 +396,9 @@ class Engine:
         sequence, request = row.sequence, row.request
         sequence.tokens.append(token)
         text, reason = row.text.push(token, token in request.stop_ids)
+        if row.constraint is not None and row.constraint.accept(token) and reason is None:
+            rest, reason = row.text.flush("stop")
+            text += rest
         if reason is None and self._full(row):
             rest, reason = row.text.flush("length")
             text += rest

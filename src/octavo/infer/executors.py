@@ -15,7 +15,6 @@ from octavo.models.decoder import Decoder
 from octavo.models.encoder_decoder import EncoderDecoder
 from octavo.nn.contracts import Inputs, Memory
 
-
 NATIVE_TOKENS = 16
 """Tokens of a work that the native step reads; longer parts are matrix products, which torch does faster."""
 

@@ -7,6 +7,7 @@ import torch
 from scripted import Scripted
 
 from octavo.errors import ConfigError, ResourceError
+from octavo.infer.drafts import PromptLookup
 from octavo.infer.engine import Engine, EngineConfig, Failure, Request
 from octavo.infer.generate import generate
 from octavo.infer.sampling import SamplingConfig
@@ -264,3 +265,32 @@ def test_priority_goes_first(tokenizer):
     engine.add(low)
     engine.add(high)
     assert [request for request, _ in engine.run()] == [high, high, low, low]
+
+
+def test_a_constraint_is_followed_and_ends_the_text(tokenizer):
+    class Counting:
+        """Only 40, 41, 42, 43 in this order."""
+
+        def __init__(self):
+            self.next = 40
+
+        def mask(self, logits):
+            kept = logits[self.next].clone()
+            logits.fill_(-float("inf"))
+            logits[self.next] = kept
+
+        def accept(self, token):
+            assert token == self.next
+            self.next += 1
+            return self.next == 44
+
+    engine = Engine(model_of("attention"), tokenizer, EngineConfig(max_sequences=3), drafter=PromptLookup())
+    free = Request([5, 9], SamplingConfig(max_new_tokens=7, temperature=0))
+    bound = Request([5, 9], SamplingConfig(max_new_tokens=9), n=2, constraint=Counting)
+    engine.add(free)
+    engine.add(bound)
+    pieces = [(request, piece) for request, piece in engine.run()]
+    assert [p.id for r, p in pieces if r is free] == alone(engine.model, tokenizer, [5, 9], free.config)
+    for row in range(2):
+        mine = [p for r, p in pieces if r is bound and p.row == row]
+        assert [p.id for p in mine] == [40, 41, 42, 43] and mine[-1].finish_reason == "stop"
