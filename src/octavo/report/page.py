@@ -8,8 +8,8 @@ from pathlib import Path
 
 from octavo.errors import ConfigError
 from octavo.files import write_atomic
-from octavo.report import html, plots, sections, words
-from octavo.report.folder import TRAINING, Run, dig
+from octavo.report import html, labels, plots, sections, words
+from octavo.report.folder import LABELLED, TRAINING, Run, dig
 from octavo.report.html import Html, tag
 from octavo.report.metrics import number
 from octavo.report.next_step import try_command
@@ -61,6 +61,9 @@ def render(run: Run, drawn: dict[str, list[plots.Plot]]) -> str:
     parts = [
         sections.answers(run),
         sections.scores(run),
+        labels.classes(run),
+        labels.tags(run),
+        labels.hidden(run),
         sections.curves(drawn),
         sections.samples(run),
         sections.timeline(run),
@@ -99,10 +102,7 @@ def facts(run: Run) -> list[tuple[str, str, str]]:
     if bits is not None:
         against = ", ".join(f"{name} {value:.3f}" for name, value in run.baselines().items())
         found.append(("bits per byte", f"{bits:.3f}", against or "held-out text; lower is better"))
-    for name, said in (("masked", "hidden tokens right"), ("mended", "mending tokens right")):
-        share, n = (number(dig(run.scores, name, key)) for key in ("accuracy", "tokens"))
-        if share is not None:
-            found.append((said, words.percent(share, 1), "" if n is None else f"of {words.exact(int(n))} held out"))
+    found += labels.facts(run)
     written, chrf = (number(dig(run.scores, "pairs", key)) for key in ("exact_match", "chrf"))
     if written is not None:
         interval = sections.interval(dig(run.scores, "pairs"))
@@ -140,14 +140,18 @@ def _sentence(run: Run) -> Html | None:
     """What this is, in one line, from what is known."""
     if run.parameters is None:
         return None
-    how = ["pretrained from raw text"] if "pretrain" in run.stages else []
-    what = {"pairs": "trained on pairs of texts", "labelled": "tuned on labelled texts", "tagged": "tuned on tagged words"}
-    how += [what.get(run.told or "", "tuned on conversations")] if "tune" in run.stages else []
+    masked = dig(run.recipe, "train", "objective", "kind") == "masked"
+    how = ["trained to foretell hidden tokens" if masked else "pretrained from raw text"]
+    how = how if "pretrain" in run.stages else []
+    if "tune" in run.stages:
+        what = {"pairs": "trained on pairs of texts", "labelled": "tuned on labelled texts", "tagged": "tuned on tags"}
+        how.append(what.get(run.told or "", "tuned on conversations"))
     cpus, processor = number(run.environment.get("cpus")), run.environment.get("cpu")
     where = ""
     if cpus is not None and not run.environment.get("gpus"):
         where = f" on {cpus:.0f} CPU core{'s' * (cpus != 1)}" + (f" ({processor})" if processor else "")
-    what = f"A language model of {words.count(run.parameters)} parameters"
+    kind = "An encoder" if run.reads_both_ways else "A language model"
+    what = f"{kind} of {words.count(run.parameters)} parameters"
     return tag("p", what + (", " + " and ".join(how) if how else "") + where + ".", class_="subtitle")
 
 
@@ -180,12 +184,18 @@ def _go_on(run: Run) -> Html:
             commands.append((try_command(run), "what it writes for a source"))
             if run.told == "pairs":
                 commands.append((f"octavo eval {where} --pairs more.jsonl", "score it on other pairs"))
+        elif run.told in LABELLED:
+            commands.append((f"octavo classify {where} texts.txt", "the class of each line, or the tag of each word"))
+        elif run.reads_both_ways:
+            commands.append((f"octavo embed {where} texts.txt --out vectors.npy", "a vector for each line"))
+            classify = f"octavo run classifier model.path={where} 'tune.data.paths=[\"reviews.tsv\"]'"
+            commands.append((classify, "teach it classes of texts"))
         else:
             if "tune" in run.stages:
                 commands.append((f"octavo chat {where}", "talk to it in the terminal"))
             commands.append((f'octavo generate {where} "Once"', "let it continue a text"))
             commands.append((f"octavo serve {where}", "a web page for chat, and an OpenAI-compatible address"))
-        if not run.counted and not run.writes_for_sources:
+        if not (run.counted or run.writes_for_sources or run.reads_both_ways or run.told in LABELLED):
             commands.append((f"octavo tune {where} --data pairs.jsonl", "teach it your own questions and answers"))
     if not commands:
         return Html("")
