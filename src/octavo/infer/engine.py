@@ -374,9 +374,12 @@ class Engine:
         logits = logits[:, : self.n_tokens].float()
         request = rows[0].request
         prompts = [row.sequence.tokens[: row.sequence.n_prompt] for row in rows]
-        for row, own in zip(rows, logits, strict=True):
-            if row.constraint is not None:
-                row.constraint.mask(own)
+        given = logits
+        if any(row.constraint for row in rows):
+            logits = logits.clone()
+            for row, own in zip(rows, logits, strict=True):
+                if row.constraint is not None:
+                    row.constraint.mask(own)
         try:
             chosen = choose(logits, request.config, prompts, [r.produced for r in rows], [r.stream for r in rows])
         except NumericError as error:
@@ -387,7 +390,7 @@ class Engine:
                 self.cancel(request)
                 yield request, Failure(error)
             return
-        scores = token_scores(logits, chosen, request.n_top)
+        scores = token_scores(given, chosen, request.n_top)
         for row, token, score in zip(rows, chosen, scores, strict=True):
             if id(row.sequence) in self.rows:
                 yield row.request, self._push(row, token, score)

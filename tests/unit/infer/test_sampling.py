@@ -14,6 +14,10 @@ from octavo.infer.sampling import SamplingConfig
 CHEESE_MOUSE = torch.tensor([[0.4, 0.6]]).log()
 
 
+def streams(config: SamplingConfig, rows: int) -> list[torch.Generator]:
+    return [sampling.generator(config, row) for row in range(rows)]
+
+
 def probs(logits: torch.Tensor) -> torch.Tensor:
     return logits.softmax(-1)
 
@@ -97,11 +101,11 @@ def test_presence_frequency_and_bias() -> None:
 
 
 def test_draw_follows_the_distribution() -> None:
-    streams = [sampling.generator(SamplingConfig(seed=7), i) for i in range(1)]
+    drawn_from = streams(SamplingConfig(seed=7), 1)
     wanted = torch.tensor([0.1, 0.0, 0.6, 0.3])
     counts = torch.zeros(4)
     for _ in range(4000):
-        counts[sampling.draw(wanted.log()[None], streams)] += 1
+        counts[sampling.draw(wanted.log()[None], drawn_from)] += 1
     assert counts[1] == 0
     chi_square = ((counts - 4000 * wanted) ** 2 / (4000 * wanted))[wanted > 0].sum()
     assert chi_square < 13.8  # two degrees of freedom, one in a thousand; the seed is fixed
@@ -109,8 +113,8 @@ def test_draw_follows_the_distribution() -> None:
 
 def test_an_impossible_token_is_not_drawn_even_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.zeros((), dtype=torch.float64))
-    streams = [sampling.generator(SamplingConfig(seed=1), i) for i in range(1)]
-    assert int(sampling.draw(torch.tensor([[-math.inf, -math.inf, 0.0, 1.0]]), streams)) == 2
+    drawn_from = streams(SamplingConfig(seed=1), 1)
+    assert int(sampling.draw(torch.tensor([[-math.inf, -math.inf, 0.0, 1.0]]), drawn_from)) == 2
 
 
 def test_one_token_always_stays(logits: torch.Tensor) -> None:
@@ -121,17 +125,17 @@ def test_one_token_always_stays(logits: torch.Tensor) -> None:
 
 def test_a_seeded_row_does_not_depend_on_its_batch(logits: torch.Tensor) -> None:
     config = SamplingConfig(seed=11)
-    together = sampling.draw(logits, [sampling.generator(config, i) for i in range(6)])
-    assert torch.equal(together, sampling.draw(logits, [sampling.generator(config, i) for i in range(6)]))
+    together = sampling.draw(logits, streams(config, 6))
+    assert torch.equal(together, sampling.draw(logits, streams(config, 6)))
     for row in range(6):
-        alone = sampling.draw(logits[row : row + 1], [sampling.generator(SamplingConfig(seed=11 + row), i) for i in range(1)])
+        alone = sampling.draw(logits[row : row + 1], streams(SamplingConfig(seed=11 + row), 1))
         assert int(alone[0]) == int(together[row])
 
 
 @pytest.mark.parametrize("bad", [torch.full((1, 3), math.nan), torch.full((1, 3), -math.inf)])
 def test_logits_that_are_not_numbers_are_an_error(bad: torch.Tensor) -> None:
     with pytest.raises(NumericError, match="row 1 has no token"):
-        sampling.draw(torch.cat([torch.zeros(1, 3), bad]), [sampling.generator(SamplingConfig(seed=0), i) for i in range(2)])
+        sampling.draw(torch.cat([torch.zeros(1, 3), bad]), streams(SamplingConfig(seed=0), 2))
 
 
 @pytest.mark.parametrize(
