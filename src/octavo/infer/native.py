@@ -286,7 +286,6 @@ class NativeStep:
 
     def __init__(self, model: Decoder, state: ContiguousState):
         self.model, self.state = packed(model), state
-        self.caches = [state.layers[f"{depth}.mixer"].buffers for depth in range(self.model.n_layers)]
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, rows: Tensor) -> Tensor:
@@ -304,7 +303,8 @@ class NativeStep:
         """
         slots, starts = self.state.advance(rows)
         tables = torch.arange(len(self.state.lengths), dtype=torch.int32)[:, None]
-        keys, values = ([cache[name].flatten(0, 1) for cache in self.caches] for name in ("k", "v"))
+        caches = [self.state.layers[f"{depth}.mixer"].buffers for depth in range(self.model.n_layers)]
+        keys, values = ([cache[name].flatten(0, 1) for cache in caches] for name in ("k", "v"))
         return self.model.step(
             tokens, rows, slots, slots - starts, tables, self.state.max_tokens + 1, starts, keys, values,
             torch.arange(len(tokens)),

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octavo.infer import native
 from octavo.nn.contracts import Inputs, Memory
+from octavo.nn.state import ContiguousState
 
 PREFILL_TOKENS = 256
 """Tokens a row reads in one pass: bounds the memory of the logits."""
@@ -34,6 +36,9 @@ class Window:
         with torch.inference_mode():
             self.state = model.new_state(len(prompts), min(needed, model.max_seq_len))
         self.device = self.state.lengths.device
+        served = isinstance(self.state, ContiguousState) and not native.unsuitable(model)
+        self.native = served and native.library()[0] is not None
+        self.step: native.NativeStep | None = None
         if sources is not None:
             source, valid = _padded(sources)
             with torch.inference_mode():
@@ -45,6 +50,8 @@ class Window:
             row.extend(ids)
         limit = self.model.max_seq_len
         if self.state is not None and max(len(row) for row, ids in zip(self.rows, new, strict=True) if ids) <= limit:
+            if self.native and max(map(len, new)) == 1:
+                return self._native_step(new)
             return self._forward(new, PREFILL_TOKENS)
         self.state = None
         return self._forward(
@@ -57,6 +64,16 @@ class Window:
         self.rows = [list(self.rows[row]) for row in rows]
         with torch.inference_mode():
             self.state.select(torch.tensor(rows, device=self.device))
+
+    def _native_step(self, new: Sequence[Sequence[int]]) -> Tensor:
+        if self.step is None:
+            assert isinstance(self.state, ContiguousState)
+            self.step = native.NativeStep(self.model, self.state)
+        rows = [row for row, ids in enumerate(new) if ids]
+        logits = self.step(torch.tensor([new[row][0] for row in rows]), torch.tensor(rows))
+        if len(rows) == len(new):
+            return logits
+        return logits.new_zeros(len(new), logits.shape[1]).index_copy_(0, torch.tensor(rows), logits)
 
     @torch.inference_mode()
     def _forward(self, rows: Sequence[Sequence[int]], n_at_once: int) -> Tensor:

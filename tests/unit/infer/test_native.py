@@ -7,6 +7,7 @@ import torch
 
 from octavo.errors import ResourceError
 from octavo.infer.native import NativeStep, library, unsuitable
+from octavo.infer.window import Window
 from octavo.models.decoder import Decoder, build
 from octavo.nn.contracts import Inputs
 
@@ -105,6 +106,27 @@ def test_the_state_can_go_on_without_it():
     one(Inputs(torch.tensor([[6], [7]])), state=plain)
     more = Inputs(torch.tensor([[8, 9], [10, 11]]))
     torch.testing.assert_close(one(more, state=native).logits, one(more, state=plain).logits)
+
+
+@torch.inference_mode()
+def test_greedy_text_is_the_plain_loops_through_chosen_and_copied_rows():
+    one = model()
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
+    texts = []
+    for served in (True, False):
+        window = Window(one, prompts, 20)
+        assert window.native
+        window.native = served
+        logits, text = window.read(prompts), []
+        for n in range(20):
+            text.append(logits.argmax(-1).tolist())
+            if n == 5:
+                window.select([1, 0, 1])
+                text[-1] = [text[-1][i] for i in (1, 0, 1)]
+            logits = window.read([[token] for token in text[-1]])
+        texts.append(text)
+        assert (window.step is not None) == served
+    assert texts[0] == texts[1]
 
 
 @torch.inference_mode()

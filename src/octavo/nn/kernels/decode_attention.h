@@ -21,6 +21,11 @@ struct Walk {
   }
 };
 
+// What is read some entries later: they lie in no order that the processor would guess.
+template <class C> inline void fetch(const C* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += int64_t(64 / sizeof(C))) __builtin_prefetch(p + i);
+}
+
 template <class C> inline Lanes some(const C* p, int64_t n) {  // n of 16, then zeros
   if (n >= kLanes) return get(p);
   Lanes x = {};
@@ -71,16 +76,19 @@ template <class C> struct Pool {
   int64_t step, K;
 };
 
-// V vectors of channels of N heads' sums over n values, weighted by scores (N, stride).
+// V vectors of channels (whole ones if V > 1) of N heads' sums over n values, weighted by scores (N, stride).
 template <int N, int V, class C>
 void weigh(const Pool<C>& pool, Walk walk, int64_t n, const float* scores, int64_t stride, int64_t channel,
            const float* mass, float* out, int64_t out_stride) {
   Lanes total[N][V] = {};
   const int64_t left = pool.K - channel;
+  Walk later = walk;
+  for (int64_t j = 0; j < std::min<int64_t>(n, kLanes); ++j) later.next();
   for (int64_t j = 0; j < n; ++j) {
+    if (j + kLanes < n) fetch(pool.values + later.next() * pool.step + channel, std::min<int64_t>(left, V * kLanes));
     const C* value = pool.values + walk.next() * pool.step + channel;
     Lanes v[V];
-    for (int i = 0; i < V; ++i) v[i] = some(value + i * kLanes, left - i * kLanes);
+    for (int i = 0; i < V; ++i) v[i] = V > 1 ? get(value + i * kLanes) : some(value, left);
     for (int h = 0; h < N; ++h) {
       const Lanes p = lanes(scores[h * stride + j]);
       for (int i = 0; i < V; ++i) total[h][i] += p * v[i];
@@ -100,11 +108,19 @@ template <int N, class C>
 void attend(const Pool<C>& pool, Walk walk, int64_t n, const float* q, int64_t q_stride, float* scratch, float* out) {
   const int64_t K = pool.K, stride = (n + kLanes - 1) / kLanes * kLanes;
   float *scores = scratch, *wide = scratch + N * stride;
+  const Wholes order = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const bool direct = sizeof(C) == sizeof(float) && K % kLanes == 0;
-  float most[N], mass[N];
-  for (int h = 0; h < N; ++h) most[h] = -INFINITY;
-  Walk keys = walk;
+  float mass[N];
+  Lanes most[N];
+  for (int h = 0; h < N; ++h) most[h] = lanes(-INFINITY);
+  Walk keys = walk, later = walk, values = walk;
+  for (int64_t j = 0; j < std::min<int64_t>(n, kLanes); ++j) {
+    fetch(pool.keys + later.next() * pool.step, K);
+    fetch(pool.values + values.next() * pool.step, K);
+  }
   for (int64_t start = 0; start < n; start += kLanes) {
+    for (int64_t j = start + kLanes; j < std::min(n, start + 2 * kLanes); ++j)
+      fetch(pool.keys + later.next() * pool.step, K);
     const int64_t here = std::min<int64_t>(kLanes, n - start);
     const float* key[kLanes];
     for (int64_t j = 0; j < kLanes; ++j) {
@@ -123,16 +139,17 @@ void attend(const Pool<C>& pool, Walk walk, int64_t n, const float* q, int64_t q
         const Lanes query = get(q + h * q_stride + i);
         for (int j = 0; j < kLanes; ++j) total[j] += query * get(key[j] + i);
       }
-      Lanes score = sums(total);
-      for (int64_t j = here; j < kLanes; ++j) score[j] = -INFINITY;
+      const Lanes score = order < int32_t(here) ? sums(total) : lanes(-INFINITY);
       put(scores + h * stride + start, score);
-      for (int j = 0; j < kLanes; ++j) most[h] = std::max(most[h], score[j]);
+      most[h] = most[h] > score ? most[h] : score;
     }
   }
   for (int h = 0; h < N; ++h) {
+    float top = most[h][0];
+    for (int j = 1; j < kLanes; ++j) top = std::max(top, most[h][j]);
     Lanes total = {};
     for (int64_t j = 0; j < stride; j += kLanes) {
-      const Lanes p = exponential(get(scores + h * stride + j) - lanes(most[h]));
+      const Lanes p = exponential(get(scores + h * stride + j) - lanes(top));
       put(scores + h * stride + j, p);
       total += p;
     }

@@ -106,11 +106,14 @@ struct Rows {
   }
 };
 
+// How far ahead of what is read memory is asked for it: with eight rows a line takes so long that less comes too late.
+constexpr int64_t kAhead = 8192;
+
 // M rows by B of a unit's blocks. Accumulators are emptied into the result after every kPanel inputs.
 template <int M, int B, bool kNarrow>
 void multiply_floats(const uint8_t* w, int64_t line, const float* x, int64_t stride, int64_t depth, float* y,
                      int64_t y_stride) {
-  constexpr int64_t kPanel = 512, kAhead = 2048;
+  constexpr int64_t kPanel = 512;
   for (int64_t start = 0; start < depth; start += kPanel) {
     Lanes total[M][B] = {};
     const int64_t end = std::min(depth, start + kPanel);
@@ -162,7 +165,7 @@ inline Lanes from_fp16(const uint16_t* p) {
 template <int M, int B, bool kFour>
 void multiply_codes(const uint8_t* w, int64_t line, const uint16_t* scales, int64_t width, const Rows& rows,
                     int64_t first, int64_t depth, int64_t group, float* y, int64_t y_stride) {
-  constexpr int64_t kAhead = 2048, kInputs = kFour ? 8 : 4;
+  constexpr int64_t kInputs = kFour ? 8 : 4;
   const int64_t groups = depth / group;
   const int8_t* planes = &rows.planes[size_t(2 * first * depth)];
   Lanes total[M][B] = {};
