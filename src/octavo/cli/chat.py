@@ -156,7 +156,8 @@ def _lines(interactive: bool) -> Iterator[str]:
 
 def _engine(model: Any, tokenizer: Any, drafter: Drafter | None) -> Engine:
     """It remembers how the conversation began, so that only what is new of it is read."""
-    from octavo.infer.engine import Engine, EngineConfig
+    from octavo.infer.engine import Engine
+    from octavo.infer.request import EngineConfig
 
     return Engine(model, tokenizer, EngineConfig(max_sequences=1, max_tokens=2 * model.max_seq_len), drafter=drafter)
 

@@ -16,8 +16,8 @@ from pydantic import Field
 from torch import Tensor
 
 from octavo.errors import ConfigError
-from octavo.infer.engine import check_prompts
 from octavo.infer.generate import evaluating
+from octavo.infer.request import check_prompts
 from octavo.infer.text import FinishReason
 from octavo.infer.window import Window
 from octavo.models.encoder_decoder import EncoderDecoder

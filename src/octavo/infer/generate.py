@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from octavo.infer.engine import Engine, EngineConfig, Failure, OnFull, Request, check_prompts
+from octavo.infer.engine import Engine
+from octavo.infer.request import EngineConfig, Failure, OnFull, Request, check_prompts
 from octavo.infer.sampling import SamplingConfig
 from octavo.infer.text import Completion, Piece
 

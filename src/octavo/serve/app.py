@@ -17,8 +17,9 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from octavo.errors import OctavoError
-from octavo.infer.engine import Engine, EngineConfig, Request
+from octavo.infer.engine import Engine
 from octavo.infer.generate import encode_prompt
+from octavo.infer.request import EngineConfig, Request
 from octavo.infer.sampling import SamplingConfig
 from octavo.serve import protocol
 from octavo.serve.body import Bodies, parse_object

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 from octavo.serve.refusal import ApiError
 
 if TYPE_CHECKING:
-    from octavo.infer.engine import Engine, Failure, Request
+    from octavo.infer.engine import Engine
+    from octavo.infer.request import Failure, Request
     from octavo.infer.text import Piece
 
 FAILURES_UNTIL_NOT_READY = 3
@@ -193,7 +194,7 @@ class Worker:
             self._drop(job, ApiError(400, "The request does not fit into the server's memory.", code="too_large"))
 
     def _pass_on(self, request: Request, event: Piece | Failure) -> None:
-        from octavo.infer.engine import Failure
+        from octavo.infer.request import Failure
 
         owner = self._owners.get(request)
         if owner is None:

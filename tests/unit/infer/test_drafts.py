@@ -12,7 +12,8 @@ from test_engine import KINDS, PROMPTS, alone, answers, model_of, nothing_is_hel
 
 from octavo.errors import ConfigError
 from octavo.infer.drafts import ModelDraft, PromptLookup
-from octavo.infer.engine import Engine, EngineConfig, Request
+from octavo.infer.engine import Engine
+from octavo.infer.request import EngineConfig, Request
 from octavo.infer.sampling import SamplingConfig, judge, shape
 from octavo.infer.scheduler import Sequence
 from octavo.models.decoder import Decoder

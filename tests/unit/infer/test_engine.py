@@ -8,8 +8,9 @@ from scripted import Scripted
 
 from octavo.errors import ConfigError, ResourceError
 from octavo.infer.drafts import PromptLookup
-from octavo.infer.engine import Engine, EngineConfig, Failure, Request
+from octavo.infer.engine import Engine
 from octavo.infer.generate import generate
+from octavo.infer.request import EngineConfig, Failure, Request
 from octavo.infer.sampling import SamplingConfig
 from octavo.infer.text import Piece
 from octavo.models.decoder import Decoder, build
