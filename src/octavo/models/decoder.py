@@ -187,7 +187,8 @@ class Decoder(nn.Module):
                 f"the decoder has no output {sorted(unknown)}", fix=f"ask for some of {', '.join(NEEDS)}"
             )
         if state is not None and (name := self._unable("incremental")):
-            raise UnsupportedError(f"{name} cannot decode with a state", fix="read whole texts instead")
+            fix = "read whole texts instead" if self.config.causal else "it reads whole texts: octavo embed, octavo classify"
+            raise UnsupportedError(f"{name} cannot decode with a state", fix=fix)
         if inputs.doc_ids is not None and (name := self._unable("packed")):
             raise UnsupportedError(f"{name} cannot keep packed documents apart", fix="give one a row")
         inputs, moved = inputs.with_padding_last()

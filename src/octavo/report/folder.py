@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 TRAINING = ("pretrain", "tune")
 SCORED = ("pairs", "labelled", "tagged")  # kinds of tuning data that are scored by themselves, without held-out text
 MENDING = ("spans", "infilling")
+LABELLED = ("labelled", "tagged")
 
 
 def dig(value: Any, *path: str | int) -> Any:
@@ -82,6 +83,21 @@ class Run:
     def writes_for_sources(self) -> bool:
         """Whether the model is an encoder-decoder, which writes a text for a text and continues none."""
         return self.told == "pairs" or dig(self.recipe, "train", "objective", "kind") in MENDING
+
+    @cached_property
+    def reads_both_ways(self) -> bool:
+        """Whether the model is an encoder, which continues no text."""
+        if not self.writes_for_sources and (causal := dig(self.recipe, "model", "causal")) is not None:
+            return causal is False
+        if self.model_path is None or self.writes_for_sources or self.counted:
+            return False
+        from octavo.errors import OctavoError
+        from octavo.hub.folder import model_config, read_config  # torch takes a second to import
+
+        try:
+            return getattr(model_config(read_config(self.model_path)), "causal", True) is False
+        except (OctavoError, OSError, ValueError, KeyError, TypeError, AttributeError):
+            return False
 
     @property
     def counted(self) -> bool:

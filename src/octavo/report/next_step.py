@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from octavo.report.folder import Run, dig, objects
+from octavo.report.folder import LABELLED, Run, dig, objects
 
 LONGEST = 80  # characters of a source that is shown as an example
 
@@ -15,6 +15,11 @@ def try_command(run: Run, where: str | Path | None = None) -> str:
     place = shlex.quote(str(run.path if where is None else where))
     if run.writes_for_sources:
         return f"octavo generate {place} {shlex.quote(a_source(run))} --temperature 0"
+    if run.told in LABELLED:
+        texts = "Anna lives in Oslo" if run.told == "tagged" else "a text"
+        return f'echo "{texts}" | octavo classify {place}'
+    if run.reads_both_ways:
+        return f'echo "a text" | octavo embed {place}'
     return f"octavo chat {place}" if "tune" in run.stages else f'octavo generate {place} "Once"'
 
 

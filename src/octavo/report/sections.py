@@ -18,7 +18,7 @@ STAGE_WORK = {
     "count": "count what follows what",
     "pretrain": "learn from raw text",
     "tune": "learn to answer",
-    "eval": "score on text and questions it never saw",
+    "eval": "score on what it never saw",
 }
 SAMPLE_CHARACTERS = 600
 ANSWER_CHARACTERS = 300
@@ -176,6 +176,11 @@ def _spread(rows: Sequence[dict[str, Any]], n: int) -> list[dict[str, Any]]:
     return [rows[round(i * (len(rows) - 1) / (n - 1))] for i in range(n)]
 
 
+def _work(run: Run, stage: str) -> str:
+    learnt = {"labelled": "learn the classes", "tagged": "learn the tags", "pairs": "learn to write for a source"}
+    return learnt.get(run.told or "", STAGE_WORK[stage]) if stage == "tune" else STAGE_WORK.get(stage, "")
+
+
 def timeline(run: Run) -> Html:
     """Each stage with its seconds, as bars of one scale."""
     known = [(stage, seconds) for stage in run.planned() if (seconds := run.seconds(stage)) is not None]
@@ -186,7 +191,7 @@ def timeline(run: Run) -> Html:
         bar = tag("span", class_="bar own", style=f"width:{100 * seconds / longest if longest else 0:.1f}%")
         rows.append(
             (
-                tag("span", tag("strong", stage), tag("small", STAGE_WORK.get(stage, "")), class_="stage"),
+                tag("span", tag("strong", stage), tag("small", _work(run, stage)), class_="stage"),
                 tag("span", bar, class_="track"),
                 words.duration(seconds) + open_,
             )
