@@ -33,6 +33,7 @@ MAY_SEE: dict[str, set[str]] = {
     "laws": {"nn", "models", "batch", "objectives", "data"},
     "hub": {"nn", "models", "tokenizer"},
     "training": {"nn", "models", "batch", "objectives", "report"},
+    "quantize": {"nn", "models", "tokenizer"},
     "infer": {"nn", "models", "tokenizer"},
     "eval": {"ngrams", "nn", "models", "tokenizer", "infer", "report"},
     "retrieval": {"nn", "models"},

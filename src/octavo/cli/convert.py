@@ -28,6 +28,9 @@ def convert(
     from_pickle: Annotated[
         bool, typer.Option("--from-pickle", help="Read a pickle (.pt, .bin), in a process of its own with limits.")
     ] = False,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Write what the codes of a quantised model stand for.")
+    ] = False,
 ) -> None:
     """Write a model as a Hugging Face folder (safetensors), which everything here and elsewhere reads, or as GGUF.
 
@@ -35,6 +38,7 @@ def convert(
     ·   [bold]octavo convert runs/quickstart my-model.gguf --to gguf[/bold]
     """
     from octavo.hub import vocabulary
+    from octavo.nn.quantized import quantized_modules
     from octavo.predictors.predictor import NGramPredictor
 
     if to not in (None, "hf", "octavo", "gguf"):
@@ -45,13 +49,31 @@ def convert(
         raise ConfigError(f"{target} exists, and nothing is overwritten", fix="give another name")
     given = None if tokenizer is None else vocabulary.load(tokenizer, {"bos": "<|bos|>"})
     lm = _open(source, given, dtype, from_pickle)
+    _settle_quantized(lm, to, dequantize)
     name = _write(lm, target, to, family)
     if isinstance(lm.model, NGramPredictor):
         typer.echo(f"{target}: {name}, counted, {lm.tokenizer.vocab_size:,} token ids")
         return
     n = sum(parameter.numel() for parameter in lm.model.parameters())
+    n += sum(codes.d_in * codes.d_out * getattr(codes, "n", 1) for codes in quantized_modules(lm.model).values())
     kind = str(next(lm.model.parameters()).dtype).removeprefix("torch.")
     typer.echo(f"{target}: {name}, {n:,} parameters in {kind}, {lm.tokenizer.vocab_size:,} token ids")
+
+
+def _settle_quantized(lm: Any, to: str | None, dequantize: bool) -> None:
+    """Make the weights of a quantised model plain, if that is wanted; refuse what has no words for them."""
+    from octavo.hub.small_weights import refuse
+    from octavo.nn.quantized import quantized_modules
+    from octavo.predictors.predictor import NGramPredictor
+    from octavo.quantize.model import dequantized
+
+    small = {} if isinstance(lm.model, NGramPredictor) else quantized_modules(lm.model)
+    if dequantize and not small:
+        raise ConfigError("the model is not quantised", fix="leave --dequantize out")
+    if dequantize:
+        lm.model = dequantized(lm.model)
+    elif small and to in ("hf", "gguf"):
+        raise refuse("a Hugging Face family" if to == "hf" else "GGUF")
 
 
 def _write(lm: Any, target: Path, to: str | None, family: str) -> str:

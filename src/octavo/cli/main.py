@@ -71,6 +71,7 @@ VERBS: dict[str, Verb] = {
     "tokenizer": Verb("octavo.cli.tokenizer", MOVE, "Train, apply and inspect tokenizers."),
     "ngram": Verb("octavo.cli.ngram", MAKE, "Count, smooth and score n-gram models; ARPA files."),
     "convert": Verb("octavo.cli.convert", MOVE, "Write a model of another program as a folder of safetensors."),
+    "quantize": Verb("octavo.cli.quantize", MOVE, "Store a model's weights in 8 or 4 bits, rounded or calibrated."),
     "pull": Verb("octavo.cli.pull", MOVE, "Fetch a model from a hub or a mirror."),
     "schema": Verb("octavo.cli.schema", MOVE, "Print the JSON Schema of recipes, for editors."),
 }

@@ -43,6 +43,8 @@ from octavo.hub.qwen import Qwen2, Qwen3
 from octavo.hub.qwen_moe import Qwen2Moe, Qwen3Moe
 from octavo.hub.roberta import Roberta
 from octavo.hub.rwkv import Rwkv
+from octavo.hub.small_weights import KEY as QUANTIZATION
+from octavo.hub.small_weights import described, fill_small, make_small, refuse, stored_tensors
 from octavo.hub.t5 import T5
 from octavo.models.decoder import Decoder, build
 from octavo.models.tables import MODELS
@@ -154,15 +156,19 @@ def assemble(
             fix="use a folder whose config.json and weights belong together",
         )
     model = build(config, device="meta")
-    own = dict(model.named_parameters())
+    if hf["model_type"] == NATIVE and QUANTIZATION in hf:
+        make_small(model, hf[QUANTIZATION])
+    own, small = dict(model.named_parameters()), stored_tensors(model)
     if hf["model_type"] == NATIVE:
-        found = _check(own, tensors, folder)
+        found = _check(own | small, tensors, folder)
+        small = {name: found.pop(name) for name in small}
     else:
         found = _from_foreign(family_of(hf["model_type"]).of(hf), config, own, tensors, folder)
     if whole := next((name for name, tensor in found.items() if not tensor.is_floating_point()), None):
         raise CheckpointError(f"{folder}: {whole} holds {found[whole].dtype}, no weights", fix="restore the file")
     dtype = dtype or next(iter(found.values())).dtype
     model.to_empty(device="cpu")
+    fill_small(model, small, dtype)
     with torch.no_grad():
         for name in own:
             # What is counted and not trained (a bias of the choice of experts) keeps the precision it was saved in.
@@ -348,15 +354,20 @@ def save_model(
     from safetensors.torch import save_file
 
     folder = Path(folder)
-    name = choose_family(model.config, family)
+    quantization = described(model)
+    if quantization is not None and family not in ("auto", NATIVE):
+        raise refuse(family)
+    name = NATIVE if quantization is not None else choose_family(model.config, family)
     own = {
         n: p.detach().to("cpu", dtype if dtype and p.requires_grad else p.dtype).contiguous()
         for n, p in model.named_parameters()
     }
+    own |= {n: t.detach().to("cpu").contiguous() for n, t in stored_tensors(model).items()}
     if name == NATIVE:
         tensors = own
         hf: dict[str, Any] = {"model_type": NATIVE, "architectures": ["Decoder"],
                               "model": model.config.model_dump(mode="json")}  # fmt: skip
+        hf |= {QUANTIZATION: quantization} if quantization is not None else {}
     else:
         chosen = FAMILIES[name]
         tensors = {

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from octavo.errors import UnsupportedError
 from octavo.nn.contracts import full_precision
 from octavo.nn.grouped import grouped_product
 from octavo.nn.projection import GroupedProjection, Projection
@@ -89,6 +90,14 @@ class Quantized(nn.Module):
             if getattr(self, name).dtype != was.dtype:
                 setattr(self, name, was.to(self.like.device))
         return self
+
+    def train(self, mode: bool = True) -> Quantized:
+        if mode:
+            raise UnsupportedError(
+                "the model's weights are quantised: they cannot be trained",
+                fix="octavo convert MODEL TARGET --dequantize",
+            )
+        return super().train(mode)
 
     @property
     def weight(self) -> Tensor:
@@ -209,8 +218,9 @@ def empty_for(module: Projection | GroupedProjection, storage: Storage) -> Quant
     d_in, d_out, role, bias = module.d_in, module.d_out, module.role, module.bias is not None
     if isinstance(storage, Float8Weights):
         return Float8Projection(d_in, d_out, role, storage, bias)
-    group = storage.group_of(d_in)
-    return QuantizedProjection(d_in, d_out, role, storage.bits, group, bias, storage.activations)
+    made = QuantizedProjection(d_in, d_out, role, storage.bits, storage.group_of(d_in), bias, storage.activations)
+    made.storage = storage  # as it is said for the whole model
+    return made
 
 
 def quantized_modules(model: nn.Module) -> dict[str, Quantized]:
