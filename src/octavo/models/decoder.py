@@ -187,7 +187,7 @@ class Decoder(nn.Module):
                 f"the decoder has no output {sorted(unknown)}", fix=f"ask for some of {', '.join(NEEDS)}"
             )
         if state is not None and (name := self._unable("incremental")):
-            fix = "read whole texts instead" if self.config.causal else "it reads whole texts: octavo embed, octavo classify"
+            fix = "read whole texts instead" if self.config.causal else "use octavo embed or octavo classify"
             raise UnsupportedError(f"{name} cannot decode with a state", fix=fix)
         if inputs.doc_ids is not None and (name := self._unable("packed")):
             raise UnsupportedError(f"{name} cannot keep packed documents apart", fix="give one a row")
