@@ -40,6 +40,7 @@ ROWS: dict[str, str] = {
     "N5": "The noisy channel: spelling, pinyin, rescoring",
     "N6": "Sparsity: how many n-grams of a text were ever seen",
     "N7": "Word vectors: CBOW and skip-gram, negative sampling, hierarchical softmax",
+    "N11": "Vanishing gradients: how far back an error reaches, and what is remembered",
     "N12": "Recurrent encoder-decoder, with and without attention",
     "A1": "Encoders: BERT and RoBERTa, masked language modelling",
     "A2": "Heads for classes on encoders and decoders",
