@@ -1,117 +1,212 @@
-"""Tokens per second of cached decoding at batch 1, beside transformers' generate: same shape, dtype and context.
+"""Tokens per second of cached decoding beside other engines: same shape, number format, batch and context.
 
-    python benchmarks/decode.py                     the 26 M shape, 256 tokens of context, fp32 and bf16
-    python benchmarks/decode.py --threads 1         process CPU clock: for a busy machine
+    python benchmarks/decode.py                                  the 26 M shape, batch 1, 8 and 32, all formats
+    python benchmarks/decode.py --shape qwen2-0.5b --batch 1     the shape of Qwen2 0.5 B
+    python benchmarks/decode.py --threads 1                      process CPU clock: for a busy machine
+    python benchmarks/decode.py --llama-cpp ~/lc/bin/python      with llama-cpp-python of that interpreter
 
-One process, the same random weights size, interleaved rounds. The rate is of the tokens after the first.
+Random weights, greedy, and every token comes after at least ``--context`` others: an engine's own benchmark that begins
+with an empty context measures something else. Rounds of all engines are interleaved. llama.cpp's int8 is Q8_0 and its
+int4 Q4_0; it runs in a process of its own that waits for its turn (build it with GGML_NATIVE=OFF and the AVX-512
+flags: its AMX code crashes on quantised files). Octavo is the native step itself with its argmax. The roof is what a loop
+reads from huge pages in a second, to compare with the bytes of weights that the steps read.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from train import P26, processor
 
+HERE = Path(__file__).parent
+SHAPES = {
+    "p26": P26 | {"qkv_bias": False},
+    "qwen2-0.5b": {"vocab_size": 151936, "d_model": 896, "n_layers": 24, "n_heads": 14, "n_kv_heads": 2, "d_ff": 4864,
+                   "qkv_bias": True},
+}  # fmt: skip
+MODES = {"fp32": "F32", "bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
+# One round: n new tokens for each row; the seconds to the first, and of the others.
+Round = Callable[[int], tuple[float, float]]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="p26")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--context", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--peers", nargs="*", default=["transformers", "transformers-static"])
+    parser.add_argument("--llama-cpp", metavar="PYTHON", help="an interpreter with llama-cpp-python, numpy and gguf")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     import torch
 
     torch.set_num_threads(args.threads)
-    clock = time.perf_counter if args.threads > 1 else time.process_time
-    print(
-        f"{processor()}, {args.threads} threads, context {args.context}, {args.tokens} tokens, {args.rounds} rounds\n"
-    )
-    print("| dtype | loop | tokens/s (least to most) | first token, ms |\n|---|---|---|---|")
-    for name in ("fp32", "bf16"):
-        loops = build_loops(getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[name]), args.context)
-        for loop in loops.values():
-            loop(4)
-        times: dict[str, list[tuple[float, float]]] = {key: [] for key in loops}
-        for n in range(args.rounds):
-            for key in loops if n % 2 == 0 else reversed(loops):
-                start = clock()
-                loops[key](1)
-                first = clock() - start
-                start = clock()
-                loops[key](args.tokens)
-                times[key].append((first, clock() - start))
-        rates = {k: [(args.tokens - 1) / (whole - first) for first, whole in v] for k, v in times.items()}
-        for key, found in rates.items():
-            first = statistics.median(first for first, _ in times[key])
-            spread = f"{statistics.median(found):,.0f} ({min(found):,.0f} to {max(found):,.0f})"
-            print(f"| {name} | {key} | {spread} | {1e3 * first:.1f} |")
-        ratios = [a / b for a, b in zip(rates["octavo"], rates["transformers"], strict=True)]
-        print(
-            f"| {name} | ratio | {statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f}) | |",
-            flush=True,
-        )
+    shape, clock = SHAPES[args.shape], time.perf_counter if args.threads > 1 else time.process_time
+    print(f"{processor()}, {args.threads} threads, {args.shape}, context {args.context}, {args.tokens} tokens, "
+          f"{args.rounds} rounds, roof {roof(args.threads, clock) / 1e9:.1f} GB/s\n")  # fmt: skip
+    print("| weights | batch | engine | tokens/s (least to most) | of octavo's | first token, ms | GB/s of weights |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    for mode in args.modes:
+        for batch in args.batch:
+            engines, n_bytes = build_engines(mode, batch, shape, args, clock)
+            measure(mode, batch, engines, n_bytes, args)
 
 
-def build_loops(dtype, context: int) -> dict[str, Callable[[int], object]]:  # type: ignore[no-untyped-def]
+def measure(mode: str, batch: int, engines: dict[str, Round], n_bytes: int, args: argparse.Namespace) -> None:
+    for engine in engines.values():
+        engine(3)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
+    for n in range(args.rounds):
+        for name in engines if n % 2 == 0 else reversed(engines):
+            times[name].append(engines[name](args.tokens))
+    rates = {name: [batch * (args.tokens - 1) / rest for _, rest in found] for name, found in times.items()}
+    for name, found in rates.items():
+        ratio = statistics.median(a / b for a, b in zip(rates["octavo"], found, strict=True))
+        first = statistics.median(first for first, _ in times[name])
+        rate = statistics.median(found)
+        read = f"{rate / batch * n_bytes / 1e9:.1f}" if name == "octavo" else ""
+        print(f"| {mode} | {batch} | {name} | {rate:,.0f} ({min(found):,.0f} to {max(found):,.0f}) | {1 / ratio:.2f} "
+              f"| {1e3 * first:.1f} | {read} |", flush=True)  # fmt: skip
+
+
+def roof(threads: int, clock: Callable[[], float]) -> float:
+    """Bytes a second that a plain loop reads from 256 MB in huge pages."""
+    import ctypes
+
+    from octavo.infer.native import library
+    from octavo.infer.packing import Arena
+
+    loaded, why = library()
+    if loaded is None:
+        raise SystemExit(f"no native step: {why}")
+    buffer = Arena().take(1 << 28).fill_(1)
+    loaded.decode_read.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)
+    found = []
+    for _ in range(5):
+        start = clock()
+        loaded.decode_read(buffer.data_ptr(), len(buffer), threads)
+        found.append(len(buffer) / (clock() - start))
+    return max(found)
+
+
+def build_engines(
+    mode: str, batch: int, shape: dict[str, Any], args: argparse.Namespace, clock: Callable[[], float]
+) -> tuple[dict[str, Round], int]:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    from octavo.infer.generate import pieces
-    from octavo.infer.sampling import SamplingConfig
+    ids = torch.randint(shape["vocab_size"], (batch, args.context), generator=torch.Generator().manual_seed(0))
+    engines: dict[str, Round] = {}
+    engines["octavo"], n_bytes = octavo(mode, shape, ids, args, clock)
+    if mode in ("fp32", "bf16"):
+        for peer in args.peers:
+            engines[peer] = transformers(mode, shape, ids, peer.endswith("static"), clock)
+    if args.llama_cpp:
+        engines["llama.cpp"] = llama_cpp(mode, batch, shape, args)
+    return engines, n_bytes
+
+
+def octavo(mode: str, shape: dict[str, Any], ids: Any, args: argparse.Namespace, clock: Callable[[], float]) -> Any:
+    import torch
+
+    from octavo.infer.native import NativeModel
     from octavo.models.decoder import Decoder, build
 
-    size = {"max_position_embeddings": 512, "tie_word_embeddings": True}
-    theirs = LlamaForCausalLM(LlamaConfig(
-        vocab_size=P26["vocab_size"], hidden_size=P26["d_model"], num_hidden_layers=P26["n_layers"],
-        num_attention_heads=P26["n_heads"], num_key_value_heads=P26["n_kv_heads"],
-        intermediate_size=P26["d_ff"], **size,
-    )).eval().to(dtype)  # fmt: skip
+    attention = {"kind": "attention", "n_heads": shape["n_heads"], "n_kv_heads": shape["n_kv_heads"]}
     block = {
-        "mixer": {"kind": "attention", "n_heads": P26["n_heads"], "n_kv_heads": P26["n_kv_heads"]},
-        "channel": {"kind": "glu", "activation": "silu", "d_ff": P26["d_ff"]},
+        "mixer": attention | {"qkv_bias": shape["qkv_bias"]},
+        "channel": {"kind": "glu", "activation": "silu", "d_ff": shape["d_ff"]},
     }
-    ours = build(Decoder.Config.model_validate({
-        "d_model": P26["d_model"], "n_layers": P26["n_layers"], "max_seq_len": 512, "vocab_size": P26["vocab_size"],
-        "blocks": {"block": block}})).eval().to(dtype)  # fmt: skip
-    ids = torch.randint(P26["vocab_size"], (1, context), generator=torch.Generator().manual_seed(0))
-    tokenizer = Ids(P26["vocab_size"])
+    size = {name: shape[name] for name in ("d_model", "n_layers", "vocab_size")}
+    config = Decoder.Config.model_validate(size | {"max_seq_len": 512, "blocks": {"block": block}})
+    dtype = torch.float32 if mode == "fp32" else torch.bfloat16
+    model = build(config).eval().to(dtype)
+    made = NativeModel(model, "model" if mode in ("fp32", "bf16") else mode, threads=args.threads)  # type: ignore[arg-type]
+    (batch, context), room = ids.shape, 512
+    keys, values = ([torch.zeros(batch * room, *made.heads, dtype=dtype) for _ in range(made.n_layers)] for _ in "kv")
+    tables, rows = torch.arange(batch, dtype=torch.int32)[:, None], torch.arange(batch)
 
-    def transformers(n: int) -> object:
+    def step(tokens: Any, sequence: Any, slots: Any, wanted: Any) -> Any:
+        first = torch.zeros_like(slots)
+        logits = made.step(tokens, sequence, slots, slots, tables, room, first, keys, values, wanted)
+        return logits.argmax(-1)
+
+    def run(n: int) -> tuple[float, float]:
+        torch.set_num_threads(1)  # see NativeModel
+        start = clock()
+        for row in range(batch):
+            last = torch.tensor([context - 1])
+            found = step(ids[row], torch.full((context,), row), torch.arange(context), last)
+        tokens = found.expand(batch).contiguous()
+        first = clock() - start
+        start = clock()
+        for i in range(n - 1):
+            tokens = step(tokens, rows, torch.full((batch,), context + i), rows)
+        rest = clock() - start
+        torch.set_num_threads(args.threads)
+        return first, rest
+
+    return run, made.n_bytes
+
+
+def transformers(mode: str, shape: dict[str, Any], ids: Any, static: bool, clock: Callable[[], float]) -> Round:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {
+        "vocab_size": shape["vocab_size"], "hidden_size": shape["d_model"], "num_hidden_layers": shape["n_layers"],
+        "num_attention_heads": shape["n_heads"], "num_key_value_heads": shape["n_kv_heads"],
+        "intermediate_size": shape["d_ff"], "max_position_embeddings": 512, "tie_word_embeddings": True,
+    }  # fmt: skip
+    made = Qwen2ForCausalLM(Qwen2Config(**sizes)) if shape["qkv_bias"] else LlamaForCausalLM(LlamaConfig(**sizes))
+    made = made.eval().to(torch.float32 if mode == "fp32" else torch.bfloat16)
+    more = {"cache_implementation": "static"} if static else {}
+
+    def generate(n: int) -> float:
+        start = clock()
         with torch.inference_mode():
-            return theirs.generate(ids, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)
+            made.generate(ids, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0, **more)
+        return clock() - start
 
-    def octavo(n: int) -> object:
-        config = SamplingConfig(temperature=0.0, max_new_tokens=n)
-        return list(pieces(ours, tokenizer, [ids[0].tolist()], config, stop_ids=()))
+    def run(n: int) -> tuple[float, float]:
+        first = generate(1)
+        return first, generate(n) - first
 
-    return {"octavo": octavo, "transformers": transformers}
+    return run
 
 
-class Ids:
-    """A tokenizer that turns nothing into text: both loops are timed on ids."""
+def llama_cpp(mode: str, batch: int, shape: dict[str, Any], args: argparse.Namespace) -> Round:
+    settings = shape | {"format": MODES[mode], "batch": batch, "threads": args.threads, "context": args.context}
+    command = [args.llama_cpp, str(HERE / "peers" / "llama_cpp_decode.py"), json.dumps(settings)]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert process.stdin is not None and process.stdout is not None
+    ask, answer = process.stdin, process.stdout
 
-    stop_ids: tuple[int, ...] = ()
+    def run(n: int) -> tuple[float, float]:
+        ask.write(f"{n}\n")
+        ask.flush()
+        line = answer.readline()
+        if not line:
+            raise SystemExit(f"{' '.join(command[:2])} ended with {process.wait()}")
+        first, rest = json.loads(line)
+        return first, rest
 
-    def __init__(self, vocab_size: int):
-        self.vocab_size = vocab_size
-
-    def stream(self) -> Ids:
-        return self
-
-    def push(self, token: int) -> str:
-        return ""
-
-    def flush(self) -> str:
-        return ""
+    return run
 
 
 if __name__ == "__main__":

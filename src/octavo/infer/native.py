@@ -129,12 +129,23 @@ class NativeModel:
     keeps the format of each weight (fp32, bf16, or the codes of a quantised projection); ``bf16``, ``int8`` and
     ``int4`` round what has none yet, the codes to nearest, with one scale for ``group`` inputs.
 
+    Steps run on a team of ``threads`` (default: torch's number at each step) that sleeps when it waits for long. torch's
+    own threads do not: they try for milliseconds after an operation that used them, on the cores the team needs. So
+    what chooses the tokens is best done on one thread: ``torch.set_num_threads(1)`` around the loop, and ``threads``
+    here.
+
     Raises:
         ValueError: ``unsuitable`` or ``library`` says why.
     """
 
     def __init__(
-        self, model: Decoder, weights: Weights = "model", *, group: int = 64, library: ctypes.CDLL | None = None
+        self,
+        model: Decoder,
+        weights: Weights = "model",
+        *,
+        group: int = 64,
+        threads: int | None = None,
+        library: ctypes.CDLL | None = None,
     ):
         loaded, why = (library, "") if library is not None else globals()["library"]()
         why = unsuitable(model) or why
@@ -143,6 +154,7 @@ class NativeModel:
         if weights not in get_args(Weights) or group not in GROUPS:
             raise ValueError(f"weights {weights} in groups of {group}: {', '.join(get_args(Weights))} of 16 to 256 are")
         self.library, self.positions, self.vocab_size = loaded, model.positions, model.vocab_size
+        self.threads = threads
         self.embedding = model.embed.weight.detach()
         self.arena = Arena()
         self.keep: list[Tensor] = [self.embedding]
@@ -254,7 +266,7 @@ class NativeModel:
         n_positions = len(self.turns) if self.R else 2**62
         counts = [
             N, W, tables.shape[1], block_size, len(tables), n_positions, len(pool) // block_size,
-            int(pool.dtype == torch.bfloat16), torch.get_num_threads(),
+            int(pool.dtype == torch.bfloat16), self.threads or torch.get_num_threads(),
         ]  # fmt: skip
         addresses = [t.data_ptr() for pair in zip(keys, values, strict=True) for t in pair]
         tables, wanted = tables.to(torch.int32).contiguous(), wanted.contiguous()

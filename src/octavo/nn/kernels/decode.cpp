@@ -350,6 +350,24 @@ uint64_t decode_print(const uint8_t* p, int64_t n) {
   return total;
 }
 
+// Reads n bytes with the team, and does nothing with them: what there is to reach.
+uint64_t decode_read(const uint8_t* p, int64_t n, int threads) {
+  using namespace octavo;
+  std::atomic<uint32_t> total{0};
+  Counter counter;
+  constexpr int64_t kPiece = 1 << 16;
+  on_team(threads, [&](Team&, int) {
+    Words sum = {};
+    for (int64_t i; (i = counter.take() * kPiece) < n;)
+      for (int64_t j = i; j + 64 <= std::min(n, i + kPiece); j += 64) {
+        __builtin_prefetch(p + j + kAhead);
+        sum ^= *reinterpret_cast<const Words*>(p + j);
+      }
+    total ^= sum[0] ^ sum[7];
+  });
+  return total;
+}
+
 void decode_free(void* decoder) { delete static_cast<octavo::Decoder*>(decoder); }
 
 // counts: N, n_wanted, n_max, block_size, n_sequences, n_positions, n_blocks, whether the pools hold bf16, threads.
