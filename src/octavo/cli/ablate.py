@@ -6,41 +6,18 @@ from typing import Annotated, Any
 
 import typer
 
-from octavo.cli.compare import (
-    AtMost,
-    Data,
-    Flops,
-    Jobs,
-    MaxTime,
-    Out,
-    Pairs,
-    Quiet,
-    Seconds,
-    Seeds,
-    Tokens,
-    budget_of,
-    perform,
-    with_options,
-)
+from octavo.cli.compare import Options, with_options
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command(epilog="Example:  octavo ablate shakespeare model.n_layers=2,4,8 --data input.txt --tokens 500000")
+@with_options
 def ablate(
     recipe: Annotated[str, typer.Argument(help="A recipe's name or a YAML file.")],
     fields: Annotated[list[str], typer.Argument(help="key=a,b,c: the values of a key; all combinations are trained.")],
-    data: Data = None,
-    seconds: Seconds = None,
-    tokens: Tokens = None,
-    flops: Flops = None,
-    seeds: Seeds = None,
-    pairs: Pairs = None,
-    pairs_at_most: AtMost = None,
-    out: Out = None,
-    jobs: Jobs = 1,
-    max_time: MaxTime = None,
-    quiet: Quiet = False,
+    *,
+    options: Options,
 ) -> None:
     """Train a recipe with every value of some keys, several seeds each, and compare.
 
@@ -48,7 +25,7 @@ def ablate(
     """
     from octavo.stop import StopSignal
 
-    with StopSignal(max_time) as stop:
+    with StopSignal(options.max_time) as stop:
         from octavo.comparing.settings import ablation
         from octavo.config import Recipe
         from octavo.errors import ConfigError
@@ -56,10 +33,10 @@ def ablate(
         loaded = Recipe.load(recipe)
         if loaded.train is None:
             raise ConfigError(f"recipe {recipe} has no train section", fix="give one that pretrains")
-        budget = budget_of(seconds, tokens, flops) or {"tokens": loaded.train.steps * loaded.train.step_tokens}
+        budget = options.budget() or {"tokens": loaded.train.steps * loaded.train.step_tokens}
         plain = loaded.replace({"tune": None})
         made = ablation(plain, [_field(text) for text in fields], budget=budget)
-        perform(with_options(made, data, budget, seeds, pairs, pairs_at_most), out, jobs, (), stop, quiet)
+        options.perform(options.onto(made, budget), stop)
 
 
 def _field(text: str) -> tuple[str, list[Any]]:
