@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import functools
 
 import pytest
 import torch
 import transformers
+from family_checks import (
+    ENDS,
+    Cases,
+    check_export,
+    check_left_out,
+    check_same_tensors,
+    check_states,
+    close,
+    damaged,
+    in_parts,
+    refused,
+    some_tokens,
+)
 from proof import agree
-from safetensors.torch import load_file
 
-from octavo.errors import CheckpointError
-from octavo.hub.folder import load_model, read_config, save_model
-from octavo.infer.generate import generate
-from octavo.infer.sampling import SamplingConfig
+from octavo.hub.folder import load_model, model_config
 from octavo.nn.contracts import Inputs
 
-V, T = 61, 12
-ENDS = {"vocab_size": V, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 SHAPE = {**ENDS, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 64}
 BLOOM = {**ENDS, "hidden_size": 32, "n_layer": 3, "n_head": 4}
 MPT = {**ENDS, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64}
 PART = {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5}
 RW = {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}
-CASES = {
+CONFIGS = {
     "gpt_neox": transformers.GPTNeoXConfig(**SHAPE, intermediate_size=48, rope_parameters=PART),
     "gpt_neox in sequence": transformers.GPTNeoXConfig(
         **SHAPE, intermediate_size=48, use_parallel_residual=False, attention_bias=False, hidden_act="gelu_new",
@@ -57,99 +63,33 @@ CASES = {
 }  # fmt: skip
 
 
-def reference(name: str) -> transformers.PreTrainedModel:
-    """A transformers model in which no weight is zero, one or shared by accident."""
-    # Falcon's ALiBi counts twice in transformers' eager form: once in the scores, once more in the mask.
-    how = "sdpa" if "RW" in name else "eager"
-    model = transformers.AutoModelForCausalLM.from_config(CASES[name], attn_implementation=how).float().eval()
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            is_norm = any(part in key for part in ("norm", "ln_")) and key.endswith("weight")
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 + float(is_norm))
-    return model
+CASES = Cases(CONFIGS, spread=0.3)
+pair = CASES.pairs()
 
 
-@pytest.fixture(scope="module", params=CASES)
-def pair(request, tmp_path_factory):
-    """(their model, ours loaded from its folder, the folder, the family)."""
-    theirs = reference(request.param)
-    folder = tmp_path_factory.mktemp("classic")
-    theirs.save_pretrained(folder)
-    return theirs, load_model(folder), folder, request.param.split()[0]
-
-
-def some_tokens(rows: int = 3, n: int = T) -> torch.Tensor:
-    return torch.randint(V, (rows, n), generator=torch.Generator().manual_seed(3))
-
-
-class Bare:
-    """As much of a tokenizer as decoding needs."""
-
-    class special:
-        pad = bos = eos = unk = turn_start = turn_end = None
-
-    vocab_size = V
-
-    def stream(self):
-        return self
-
-    def push(self, token: int) -> str:
-        return f"{token} "
-
-    def flush(self) -> str:
-        return ""
+def agreement(pair, case=""):
+    """As ``agree`` records it."""
+    return functools.partial(agree, "attention", f"transformers {pair.theirs.__class__.__name__}", case=case)
 
 
 @pytest.mark.rows("A10", "A12")
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
-@torch.no_grad()
 def test_logits_and_every_hidden_state(pair, padding):
-    theirs, ours, _, family = pair
-    tokens, n, order = some_tokens(), torch.tensor([T, T - 5, 2]), torch.arange(T)
-    valid = {"none": order >= 0 * n[:, None], "right": order < n[:, None], "left": order >= T - n[:, None]}[padding]
-    options = {"attention_mask": valid.long(), "output_hidden_states": True}
-    if family not in ("bloom", "mpt"):
-        options["position_ids"] = (valid.long().cumsum(1) - 1).clamp(min=0)
-    a = theirs(tokens, **options)
-    b = ours(Inputs(tokens, valid=valid), needs=("logits", "hidden_states"))
-    assert float(a.logits[valid].std()) > 0.3  # an agreement about something
-    for got, wanted in zip((b.logits, *b.hidden_states), (a.logits, *a.hidden_states), strict=True):
-        agree("attention", f"transformers {theirs.__class__.__name__}", got[valid], wanted[valid], case=padding)
+    alibi = pair.family in ("bloom", "mpt")  # asks for no positions
+    takes = ("attention_mask",) if alibi else ("attention_mask", "position_ids")
+    check_states(pair, padding, takes=takes, same=agreement(pair, padding))
 
 
 @pytest.mark.rows("A10", "A12")
-@torch.no_grad()
 def test_saved_here_it_loads_there_and_says_the_same(pair, tmp_path):
-    theirs, ours, folder, family = pair
-    target, tokens = tmp_path / "ours", some_tokens()
-    assert save_model(ours, target) == family
-    again, info = transformers.AutoModelForCausalLM.from_pretrained(
-        target, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
-    )
-    assert not [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[key]]
-    mine, written = (load_file(path / "model.safetensors") for path in (folder, target))
-    assert {name.replace("lm_head", "embed_out") for name in mine} == {*written} or mine.keys() == written.keys()
-    assert all(torch.equal(written.get(name, written.get("embed_out.weight")), mine[name]) for name in mine)
-    agree("attention", "transformers", again.eval()(tokens).logits, theirs(tokens).logits, case="export")
-    assert torch.equal(load_model(target)(Inputs(tokens)).logits, ours(Inputs(tokens)).logits)
-    prompt = tokens[0, :5]
-    greedy = theirs.generate(
-        prompt[None], do_sample=False, max_new_tokens=15, attention_mask=torch.ones(1, 5), pad_token_id=0
-    )[0, 5:]
-    (said,) = generate(
-        ours, Bare(), [prompt.tolist()], SamplingConfig(temperature=0, max_new_tokens=15), stop_ids=()
-    )  # fmt: skip
-    assert list(said.ids) == greedy.tolist()
+    check_export(pair, tmp_path, same=functools.partial(agree, "attention", "transformers", case="export"))
+    check_same_tensors(pair.folder, tmp_path)
 
 
 @torch.no_grad()
 def test_decoding_with_a_state_is_one_pass_of_theirs(pair):
-    theirs, ours, *_ = pair
     tokens = some_tokens(2)
-    state = ours.new_state(2, T)
-    got = [ours(Inputs(part), state).logits for part in tokens.split([5, 1, 1, 3, 1, 1], 1)]
-    agree("attention", f"transformers {theirs.__class__.__name__}", torch.cat(got, 1), theirs(tokens).logits)
+    agreement(pair)(in_parts(pair.ours, tokens, [5, 1, 1, 3, 1, 1]), pair.theirs(tokens).logits)
 
 
 REFUSED = [
@@ -177,28 +117,14 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    made: dict[str, Path] = {}
-
-    def of(name: str) -> Path:
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp("refused")
-            reference(name).save_pretrained(made[name])
-        return made[name]
-
-    return of
-
-
 @pytest.mark.parametrize(("name", "changes", "said"), REFUSED, ids=str)
-def test_what_would_change_the_mathematics_is_refused_by_its_key(name, changes, said, folders, tmp_path):
-    config = read_config(folders(name)) | changes
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").symlink_to(folders(name) / "model.safetensors")
-    with pytest.raises(CheckpointError) as caught:
-        load_model(tmp_path)
-    assert said in str(caught.value)
-    assert "Fix:" in str(caught.value)
+def test_what_would_change_the_mathematics_is_refused_by_its_key(name, changes, said):
+    refused(lambda: model_config(CASES.said(name, **changes)), said)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_key_that_is_left_out_means_what_its_class_means(name):
+    check_left_out(CASES.said(name), type(CONFIGS[name]))
 
 
 OLDER = {
@@ -212,36 +138,26 @@ OLDER = {
 
 @pytest.mark.parametrize("name", OLDER)
 @torch.no_grad()
-def test_the_spelling_before_version_5(name, folders, tmp_path):
-    config = read_config(folders(name)) | OLDER[name]
-    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
-    (tmp_path / "model.safetensors").symlink_to(folders(name) / "model.safetensors")
-    tokens = some_tokens()
-    assert torch.equal(load_model(tmp_path)(Inputs(tokens)).logits, load_model(folders(name))(Inputs(tokens)).logits)
+def test_the_spelling_before_version_5(name, tmp_path):
+    ours, tokens = load_model(CASES.saved(name, tmp_path, **OLDER[name])), some_tokens()
+    close(ours(Inputs(tokens)).logits, CASES.reference(name)(tokens).logits)
+
+
+def test_a_missing_or_strange_tensor_is_named(tmp_path):
+    changes = {
+        "transformer.h.1.ln_mlp.bias": None, "transformer.h.1.input_layernorm.bias": (32,),
+        "transformer.h.0.self_attention.query_key_value.weight": (63, 32),
+    }  # fmt: skip
+    said = ("missing: transformer.h.1.ln_mlp.bias (1)", "not used: transformer.h.1.input_layernorm.bias (1)",
+            "has (63, 32), expected (64, 32)")  # fmt: skip
+    refused(lambda: load_model(damaged(CASES.saved("falcon 40B", tmp_path), changes)), *said)
 
 
 @torch.no_grad()
-def test_a_missing_or_strange_tensor_is_named(folders, tmp_path):
-    from safetensors.torch import save_file
-
-    tensors = load_file(folders("falcon 40B") / "model.safetensors")
-    tensors.pop("transformer.h.1.ln_mlp.bias")
-    tensors["transformer.h.1.input_layernorm.bias"] = torch.zeros(32)
-    tensors["transformer.h.0.self_attention.query_key_value.weight"] = torch.zeros(63, 32)
-    save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(read_config(folders("falcon 40B"))))
-    with pytest.raises(CheckpointError) as caught:
-        load_model(tmp_path)
-    for said in ("missing: transformer.h.1.ln_mlp.bias (1)", "not used: transformer.h.1.input_layernorm.bias (1)",
-                 "has (63, 32), expected (64, 32)"):  # fmt: skip
-        assert said in str(caught.value)
-
-
-@torch.no_grad()
-def test_falcon_rounds_the_places_of_far_keys_as_its_class_does(folders):
+def test_falcon_rounds_the_places_of_far_keys_as_its_class_does(tmp_path):
     """bfloat16 knows no 257: without the rounding the two part at the first key beyond 256."""
-    theirs = reference("falcon RW of 6 heads")
-    ours = load_model(folders("falcon RW of 6 heads"))
+    theirs = CASES.reference("falcon RW of 6 heads")
+    ours = load_model(CASES.saved("falcon RW of 6 heads", tmp_path))
     tokens = some_tokens(1, 300)
     got, wanted = ours(Inputs(tokens)).logits, theirs(tokens).logits
     agree("alibi", "transformers FalconForCausalLM", got, wanted, case="300 keys")
@@ -250,9 +166,9 @@ def test_falcon_rounds_the_places_of_far_keys_as_its_class_does(folders):
 
 
 @torch.no_grad()
-def test_rounded_places_count_within_a_document(folders):
+def test_rounded_places_count_within_a_document(tmp_path):
     """Two documents in one row say what each says alone; with a state too. Beyond 256 the rounding is felt."""
-    ours, tokens = load_model(folders("falcon RW of 6 heads")), some_tokens(1, 300)
+    ours, tokens = load_model(CASES.saved("falcon RW of 6 heads", tmp_path)), some_tokens(1, 300)
     doc_ids = (torch.arange(300) >= 7).long()[None]
     both = ours(Inputs(tokens, doc_ids=doc_ids)).logits
     alone = torch.cat([ours(Inputs(part)).logits for part in tokens.split([7, 293], 1)], 1)

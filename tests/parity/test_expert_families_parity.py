@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from family_checks import (
+    ENDS,
+    Cases,
+    T,
+    V,
+    check_decoding,
+    check_export,
+    check_greedy,
+    check_left_out,
+    check_same_tensors,
+    check_states,
+    close,
+    damaged,
+    filled,
+    refused,
+    some_tokens,
+    tensors_of,
+)
+from safetensors.torch import load_file
 from transformers.modeling_layers import MtpModel
 
-from octavo.errors import CheckpointError
 from octavo.hub.folder import FAMILIES, load_model, model_config, read_config, save_model
-from octavo.infer.generate import generate
-from octavo.infer.sampling import SamplingConfig
 from octavo.models.cost import predicted_parameters
 from octavo.models.decoder import Decoder, build
 from octavo.nn.contracts import Inputs
 
-V, T, N = 61, 12, 3
+N = 3
 SHAPE: dict[str, Any] = {
-    "vocab_size": V, "hidden_size": 32, "num_hidden_layers": N, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 48, "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": None,
-    "pad_token_id": None,
+    **ENDS, "hidden_size": 32, "num_hidden_layers": N, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 48, "max_position_embeddings": 64,
 }  # fmt: skip
 THETA = {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
 SMALL = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -36,7 +48,7 @@ LATENT: dict[str, Any] = {
     "num_experts_per_tok": 2, "n_shared_experts": 2, "first_k_dense_replace": 1,
 }  # fmt: skip
 GROUPS = {"n_group": 4, "topk_group": 2}
-CASES: dict[str, Any] = {
+CONFIGS: dict[str, Any] = {
     "mixtral": transformers.MixtralConfig(**SHAPE, **THETA, num_local_experts=4, head_dim=12),
     "mixtral window": transformers.MixtralConfig(
         **SHAPE, sliding_window=4, num_local_experts=3, num_experts_per_tok=1, hidden_act="gelu",
@@ -66,140 +78,34 @@ CASES: dict[str, Any] = {
 }  # fmt: skip
 
 
-@torch.no_grad()
-def filled(model: Any, seed: int = 7) -> Any:
-    """Weights that are neither zero nor one nor shared by accident, and scores of experts that are far apart."""
-    generator = torch.Generator().manual_seed(seed)
-    for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if key.endswith(("inv_freq", "original_inv_freq")):
-            continue
-        wide = 0.6 if "gate.weight" in key or "correction_bias" in key else 0.2
-        drawn = torch.randn(tensor.shape, generator=generator) * wide
-        tensor.copy_(drawn + float("norm" in key and key.endswith("weight")))
-    return model.float().eval()
-
-
-def reference(name: str) -> Any:
-    """A transformers model of one of the cases, experts computed one by one."""
-    config = CASES[name]
-    return filled(
-        transformers.AutoModelForCausalLM.from_config(
-            config, attn_implementation="eager", experts_implementation="eager"
-        )
-    )
-
-
-def saved(name: str, folder: Path, **changes: Any) -> Path:
-    """A folder of transformers' own, some keys of its config.json changed (None removes one)."""
-    reference(name).save_pretrained(folder)
-    config = read_config(folder) | changes
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
-    return folder
-
-
-def close(got: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-5) -> None:
-    assert got.shape == wanted.shape
-    assert float((got - wanted).abs().max()) <= tolerance * max(1.0, float(wanted.abs().max()))
-
-
-def some_tokens(rows: int = 3, n: int = T) -> torch.Tensor:
-    return torch.randint(V, (rows, n), generator=torch.Generator().manual_seed(3))
-
-
-@pytest.fixture(scope="module", params=CASES)
-def pair(request, tmp_path_factory):
-    """(their model, ours loaded from its folder, the folder)."""
-    theirs = reference(request.param)
-    folder = tmp_path_factory.mktemp("experts")
-    theirs.save_pretrained(folder)
-    return theirs, load_model(folder), folder
+CASES = Cases(CONFIGS, experts_implementation="eager")  # one by one
+pair = CASES.pairs()
 
 
 def test_a_folder_has_a_tensor_for_each_expert(pair):
     """What transformers writes is what is published; the fused form is theirs and ours in memory alone."""
-    names = [*load_file(pair[2] / "model.safetensors")]
+    names = [*load_file(pair.folder / "model.safetensors")]
     assert any(".experts.2." in name for name in names)
     assert not any("gate_up_proj" in name for name in names)
 
 
 @pytest.mark.rows("A9", "A10", "M2", "M5")
-@torch.no_grad()
 def test_logits_and_every_hidden_state(pair):
-    theirs, ours, _ = pair
-    tokens = some_tokens()
-    a = theirs(tokens, output_hidden_states=True)
-    b = ours(Inputs(tokens), needs=("logits", "hidden_states"))
-    assert len(a.hidden_states) == N + 1
-    for wanted, got in zip((a.logits, *a.hidden_states), (b.logits, *b.hidden_states), strict=True):
-        close(got, wanted)
-    assert float(a.logits.std()) > 0.5
+    check_states(pair)
 
 
-@torch.no_grad()
 def test_left_padded_rows_and_cached_steps(pair):
-    theirs, ours, _ = pair
-    tokens, n = some_tokens(2), torch.tensor([4, 7])
-    valid = torch.ones(2, T, dtype=torch.bool)
-    valid[:, :7] = torch.arange(7) >= 7 - n[:, None]
-    positions = (valid.long().cumsum(1) - 1).clamp(min=0)
-    cache, state = None, ours.new_state(2, T)
-    for start, stop in [(0, 7), *((t, t + 1) for t in range(7, T))]:
-        span = slice(start, stop)
-        a = theirs(
-            tokens[:, span], attention_mask=valid[:, :stop].long(), position_ids=positions[:, span],
-            past_key_values=cache, use_cache=True,
-        )  # fmt: skip
-        cache = a.past_key_values
-        b = ours(Inputs(tokens[:, span], valid=valid[:, span]), state=state)
-        close(b.logits[valid[:, span]], a.logits[valid[:, span]])
-
-
-class Bare:
-    """As much of a tokenizer as decoding needs."""
-
-    class special:
-        pad = bos = eos = unk = turn_start = turn_end = None
-
-    vocab_size = V
-
-    def stream(self):
-        return self
-
-    def push(self, token: int) -> str:
-        return f"{token} "
-
-    def flush(self) -> str:
-        return ""
+    check_decoding(pair, (4, 7))
 
 
 @pytest.mark.rows("A9", "A10", "I1")
-@torch.no_grad()
 def test_saved_here_it_loads_there_and_says_the_same_text(pair, tmp_path):
-    theirs, ours, folder = pair
-    assert save_model(ours, tmp_path / "ours", shard_bytes=30_000) == read_config(folder)["model_type"]
-    again, info = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "ours", trust_remote_code=False, dtype=torch.float32, output_loading_info=True
-    )
-    assert not [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[key]]
-    tokens = some_tokens()
-    close(again.eval()(tokens).logits, theirs(tokens).logits)
-    close(load_model(tmp_path / "ours")(Inputs(tokens)).logits, theirs(tokens).logits)
-    prompt = tokens[0, :5]
-    greedy = theirs.generate(
-        prompt[None], do_sample=False, max_new_tokens=20, attention_mask=torch.ones(1, 5), pad_token_id=0
-    )[0, 5:]  # fmt: skip
-    (mine,) = generate(ours, Bare(), [prompt.tolist()], SamplingConfig(temperature=0, max_new_tokens=20), stop_ids=())
-    assert list(mine.ids) == greedy.tolist()
-    assert len(set(mine.ids)) > 1
+    assert len(check_export(pair, tmp_path, shard_bytes=30_000)) > 1
 
 
 def test_written_and_read_again_the_tensors_are_the_same_bits(pair, tmp_path):
-    _, ours, folder = pair
-    save_model(ours, tmp_path / "ours")
-    theirs, mine = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "ours"))
-    tied = {"lm_head.weight"} if ours.config.tie_embeddings else set()
-    assert theirs.keys() - tied == mine.keys() - tied
-    assert all(torch.equal(theirs[name], mine[name]) for name in mine)
+    save_model(pair.ours, tmp_path)
+    check_same_tensors(pair.folder, tmp_path)
 
 
 # ---------------------------------------------------------------------------------- the token after the next
@@ -229,47 +135,33 @@ def test_the_module_is_read_by_transformers_and_predicts_the_same(tmp_path):
     shifted = further.forward_layer(0, out.hidden[:, :-1], torch.arange(T - 1)[None], None, input_ids=tokens[:, 1:])
     close(out.multi_token[0][:, :-1], shifted, 2e-5)
     close(ours.logits(out.multi_token[0])[:, :-1], further.shared_head(shifted), 2e-5)
-    prompt, asked = tokens[:1, :5], {"do_sample": False, "max_new_tokens": 10, "pad_token_id": 0}
-    drafted = main.generate(prompt, attention_mask=torch.ones(1, 5), use_mtp=True, **asked)[0, 5:]
-    config = SamplingConfig(temperature=0, max_new_tokens=10)
-    (mine,) = generate(ours, Bare(), [prompt[0].tolist()], config, stop_ids=())
-    assert list(mine.ids) == drafted.tolist()
+    check_greedy(ours, main, [tokens[0, :5]], 10, use_mtp=True)
 
 
 @torch.no_grad()
 def test_the_module_comes_back_with_its_copies_or_without(tmp_path):
     ours, tokens = with_module(), some_tokens(2)
     save_model(ours, tmp_path)
-    path = tmp_path / "model.safetensors"
-    tensors = load_file(path)
-    last = f"model.layers.{N}"
-    for name, of in (
-        ("embed_tokens.weight", "model.embed_tokens.weight"),
-        ("shared_head.head.weight", "lm_head.weight"),
-    ):
-        assert torch.equal(tensors[f"{last}.{name}"], tensors[of])
-    wanted = ours(Inputs(tokens), needs=("multi_token",)).multi_token[0]
-    again = load_model(tmp_path)
-    assert torch.equal(again(Inputs(tokens), needs=("multi_token",)).multi_token[0], wanted)
-    slim = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if not name.startswith((f"{last}.embed", f"{last}.shared_head.head"))
-    }
-    save_file(slim, path)
-    assert torch.equal(load_model(tmp_path)(Inputs(tokens), needs=("multi_token",)).multi_token[0], wanted)
-    save_file({**tensors, f"{last}.embed_tokens.weight": tensors["model.embed_tokens.weight"] + 1}, path)
-    with pytest.raises(CheckpointError, match=rf"{last}\.embed_tokens\.weight is not the copy it should be"):
-        load_model(tmp_path)
-    save_file({name: tensor for name, tensor in tensors.items() if name != f"{last}.eh_proj.weight"}, path)
-    with pytest.raises(CheckpointError, match=rf"missing: {last}\.eh_proj\.weight \(1\)"):
-        load_model(tmp_path)
+    stored, last = load_file(tmp_path / "model.safetensors"), f"model.layers.{N}"
+    copies = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
+    assert all(torch.equal(stored[f"{last}.{name}"], stored[of]) for name, of in copies.items())
+
+    def further(model: Decoder) -> torch.Tensor:
+        return model(Inputs(tokens), needs=("multi_token",)).multi_token[0]
+
+    assert torch.equal(further(load_model(tmp_path)), further(ours))
+    damaged(tmp_path, {f"{last}.{name}": None for name in copies})
+    assert torch.equal(further(load_model(tmp_path)), further(ours))
+    damaged(tmp_path, {f"{last}.embed_tokens.weight": stored["model.embed_tokens.weight"] + 1})
+    refused(lambda: load_model(tmp_path), f"{last}.embed_tokens.weight is not the copy it should be")
+    damaged(tmp_path, {f"{last}.embed_tokens.weight": None, f"{last}.eh_proj.weight": None})
+    refused(lambda: load_model(tmp_path), f"missing: {last}.eh_proj.weight (1)")
 
 
 @torch.no_grad()
 def test_a_folder_that_speaks_of_a_module_and_has_none_is_read_without(tmp_path):
     """That is what transformers saves."""
-    folder = saved("deepseek_v3", tmp_path)
+    folder = CASES.saved("deepseek_v3", tmp_path)
     said = read_config(folder)
     assert said.get("num_nextn_predict_layers", said.get("num_mtp_layers")) == 1
     assert model_config(said | {"num_nextn_predict_layers": 1}).multi_token is not None
@@ -279,7 +171,7 @@ def test_a_folder_that_speaks_of_a_module_and_has_none_is_read_without(tmp_path)
 @torch.no_grad()
 def test_the_bias_of_the_choice_is_no_weight_and_keeps_its_precision(tmp_path):
     """Its class keeps it in float32: rounded, other experts are chosen."""
-    theirs = reference("deepseek_v3").bfloat16()
+    theirs = CASES.reference("deepseek_v3").bfloat16()
     theirs.model.layers[1].mlp.gate.e_score_correction_bias = torch.rand(8) + 1
     theirs.save_pretrained(tmp_path)
     ours = load_model(tmp_path)
@@ -289,10 +181,8 @@ def test_the_bias_of_the_choice_is_no_weight_and_keeps_its_precision(tmp_path):
     assert torch.equal(bias, theirs.model.layers[1].mlp.gate.e_score_correction_bias)
     assert not bias.requires_grad
     save_model(ours, tmp_path / "ours")
-    assert (
-        load_file(tmp_path / "ours" / "model.safetensors")["model.layers.1.mlp.gate.e_score_correction_bias"].dtype
-        == torch.float32
-    )
+    written = load_file(tmp_path / "ours" / "model.safetensors")
+    assert written["model.layers.1.mlp.gate.e_score_correction_bias"].dtype == torch.float32
 
 
 # ----------------------------------------------------------------------------------------------- strictness
@@ -321,12 +211,13 @@ REFUSED = [
 
 @pytest.mark.parametrize(("name", "changes", "said"), REFUSED, ids=str)
 def test_what_would_change_the_mathematics_is_refused_by_its_key(name, changes, said):
-    hf = {**CASES[name].to_dict(), **changes}
-    with pytest.raises(CheckpointError) as caught:
-        model_config(hf)
-    assert said in str(caught.value)
-    assert "Fix:" in str(caught.value)
-    assert "\n" not in str(caught.value)
+    refused(lambda: model_config(CASES.said(name, **changes)), said)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_key_that_is_left_out_means_what_its_class_means(name):
+    """But where the tensors speak: the rank of the queries, and the module of a further token."""
+    check_left_out(CASES.said(name), type(CONFIGS[name]), but=("q_lora_rank", "num_nextn_predict_layers"))
 
 
 E2 = "experts.2.down_proj.weight"
@@ -343,16 +234,7 @@ DAMAGED = [
 
 @pytest.mark.parametrize(("name", "tensor", "shape", "said"), DAMAGED, ids=lambda v: v if isinstance(v, str) else "")
 def test_every_tensor_is_accounted_for(name, tensor, shape, said, tmp_path):
-    path = saved(name, tmp_path) / "model.safetensors"
-    tensors = load_file(path)
-    if shape is None:
-        tensors.pop(tensor)
-    else:
-        tensors[tensor] = torch.zeros(shape)
-    save_file(tensors, path)
-    with pytest.raises(CheckpointError) as caught:
-        load_model(tmp_path)
-    assert said in str(caught.value)
+    refused(lambda: load_model(damaged(CASES.saved(name, tmp_path), {tensor: shape})), said)
 
 
 MOE = {"kind": "moe", "n_experts": 4, "d_ff": 24}
@@ -396,16 +278,10 @@ def test_a_balance_loss_comes_back_where_the_family_has_words_for_it():
 # --------------------------------------------------------------------------------------- every tensor by name
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_names_and_shapes_are_those_of_a_saved_folder(name, tmp_path):
-    theirs = {key: tuple(t.shape) for key, t in load_file(saved(name, tmp_path) / "model.safetensors").items()}
-    config = load_model(tmp_path).config
-    model = build(config, device="meta")
-    own = {key: tuple(p.shape) for key, p in model.named_parameters()}
-    found = {e.theirs: e.shape([own[part] for part in e.ours]) for e in FAMILIES[config_type(tmp_path)].entries(config)}
-    assert {**found, **({"lm_head.weight": theirs["lm_head.weight"]} if "lm_head.weight" in theirs else {})} == theirs
+    theirs = {key: tuple(t.shape) for key, t in load_file(CASES.saved(name, tmp_path) / "model.safetensors").items()}
+    model = load_model(tmp_path)
+    head = {"lm_head.weight": (V, 32)}  # tied ones are in no folder
+    assert {**head, **tensors_of(model.config, name.split()[0])} == {**head, **theirs}
     assert predicted_parameters(model) == sum(p.numel() for p in model.parameters())
-
-
-def config_type(folder: Path) -> str:
-    return read_config(folder)["model_type"]

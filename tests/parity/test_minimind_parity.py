@@ -11,15 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from family_checks import T, V, check_greedy, close, in_parts, read_there, some_tokens
 from safetensors.torch import save_file
 
 from octavo.errors import CheckpointError
 from octavo.hub.folder import load_model, read_config, save_model
-from octavo.infer.generate import generate
-from octavo.infer.sampling import SamplingConfig
 from octavo.nn.contracts import Inputs
 
-V, D, N, H, G, T = 61, 32, 3, 4, 2, 12
+D, N, H, G = 32, 3, 4, 2
 GLU = ("gate", "up", "down")
 MOE = {"use_moe": False, "num_experts_per_tok": 2, "norm_topk_prob": True}
 COMMON = {"model_type": "minimind", "vocab_size": V, "bos_token_id": 1, "eos_token_id": 2, "dropout": 0.0,
@@ -184,15 +183,6 @@ def pair(request, tmp_path):
     return theirs, load_model(theirs.save(tmp_path / "theirs"))
 
 
-def close(got: torch.Tensor, wanted: torch.Tensor) -> None:
-    assert got.shape == wanted.shape
-    assert float((got - wanted).abs().max()) <= 1e-5 * max(1.0, float(wanted.abs().max()))
-
-
-def some_tokens(rows: int = 3) -> torch.Tensor:
-    return torch.randint(V, (rows, T), generator=torch.Generator().manual_seed(3))
-
-
 @pytest.mark.rows("A9")
 @torch.no_grad()
 def test_logits_and_every_hidden_state(pair):
@@ -222,9 +212,7 @@ def test_padded_rows(pair, side):
 def test_cached_decoding(pair):
     theirs, ours = pair
     tokens = some_tokens(1)
-    wanted, state = theirs(tokens[0])[0], ours.new_state(1, T)
-    parts = [ours(Inputs(part), state=state).logits[0] for part in tokens.split([5, 1, 1, 2, 1, 2], 1)]
-    close(torch.cat(parts), wanted)
+    close(in_parts(ours, tokens, [5, 1, 1, 2, 1, 2])[0], theirs(tokens[0])[0])
 
 
 CLASSES = {
@@ -251,24 +239,6 @@ def test_it_is_a_class_of_transformers_under_another_name(name, tmp_path):
     close(load_model(theirs.save(tmp_path / "m"))(Inputs(tokens)).logits, model(tokens).logits)
 
 
-class Bare:
-    """As much of a tokenizer as decoding needs."""
-
-    class special:
-        pad = bos = eos = unk = turn_start = turn_end = None
-
-    vocab_size = V
-
-    def stream(self):
-        return self
-
-    def push(self, token: int) -> str:
-        return f"{token} "
-
-    def flush(self) -> str:
-        return ""
-
-
 @pytest.mark.rows("A9")
 @torch.no_grad()
 def test_saved_here_it_loads_there(pair, tmp_path):
@@ -282,18 +252,10 @@ def test_saved_here_it_loads_there(pair, tmp_path):
         assert family == "octavo"
         return
     assert family == ("qwen3_moe" if theirs.experts else "qwen3" if theirs.normed else "llama")
-    again = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "ours", trust_remote_code=False, dtype=torch.float32
-    ).eval()
+    again = read_there(tmp_path / "ours")
     for row in range(3):
         close(again(tokens).logits[row], theirs(tokens[row])[0])
-    prompt = tokens[:1, :5]
-    greedy = again.generate(
-        prompt, do_sample=False, max_new_tokens=15, attention_mask=torch.ones(1, 5), pad_token_id=0
-    )[0, 5:]  # fmt: skip
-    config = SamplingConfig(temperature=0, max_new_tokens=15)
-    (mine,) = generate(ours, Bare(), [prompt[0].tolist()], config, stop_ids=())
-    assert list(mine.ids) == greedy.tolist()
+    check_greedy(ours, again, [tokens[0, :5]])
 
 
 @pytest.mark.parametrize("name", ["second", "third", "third untied"])

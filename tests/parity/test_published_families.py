@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from family_checks import tensors_of
 
 from octavo.hub.folder import FAMILIES, model_config
 from octavo.models.cost import predicted_parameters
 from octavo.models.decoder import build
 
+WIDE = {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "rms_norm_eps": 1e-5}
 # Family, config.json as far as it is read, and the number of parameters (tied weights once).
 PUBLISHED: dict[str, tuple[str, dict[str, Any], int]] = {
     "EleutherAI/pythia-160m": ("gpt_neox", {
@@ -84,6 +86,35 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], int]] = {
         "mamba_expand": 2, "mamba_chunk_size": 256, "mamba_conv_bias": True, "mamba_proj_bias": False,
         "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 262144, "tie_word_embeddings": False},
         9_780_235_392),  # its card says 9.78 B
+    "Mistral 7B v0.1": ("mistral", {
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "sliding_window": 4096, "hidden_act": "silu", "tie_word_embeddings": False},
+        7_241_732_096),
+    "Gemma 2 2B": ("gemma2", {
+        "vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "head_dim": 256,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 8192, "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0, "sliding_window": 4096, "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0, "hidden_act": "gelu_pytorch_tanh", "attention_bias": False,
+        "hidden_activation": "gelu_pytorch_tanh", "cache_implementation": "hybrid"}, 2_614_341_888),
+    "OLMo 2 7B": ("olmo2", {
+        "vocab_size": 100352, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
+        "rope_theta": 500000, "rope_scaling": None, "attention_bias": False, "tie_word_embeddings": False},
+        7_298_617_344),
+    "Phi-3 mini 4k": ("phi3", WIDE | {
+        "vocab_size": 32064, "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096, "rope_theta": 10000.0, "rope_scaling": None,
+        "sliding_window": 2047, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attention_bias": False}, 3_821_079_552),
+    "Phi-3 mini 128k": ("phi3", WIDE | {
+        "vocab_size": 32064, "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096, "rope_theta": 10000.0, "sliding_window": 262144,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.05] * 48, "long_factor": [8.0] * 48}}, 3_821_079_552),
+    "Phi-4 mini": ("phi3", WIDE | {
+        "vocab_size": 200064, "num_attention_heads": 24, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096, "rope_theta": 10000.0, "sliding_window": 262144,
+        "partial_rotary_factor": 0.75, "tie_word_embeddings": True, "full_attn_mod": 1, "interpolate_factor": 1,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [4.0] * 48}}, 3_836_021_760),
 }  # fmt: skip
 
 
@@ -99,8 +130,8 @@ def test_published_sizes_have_the_tensors_of_their_class(name):
     head = "head.weight" if model_type == "rwkv" else "lm_head.weight"
     assert (head in wanted) != config.tie_embeddings
     wanted = {family.head if key == head else key: shape for key, shape in wanted.items()}
-    own = dict(ours.named_parameters())
-    found = {e.theirs: e.shape([tuple(own[part].shape) for part in e.ours]) for e in family.entries(config)}
-    assert found == wanted
+    assert tensors_of(config, model_type) == wanted
     assert predicted_parameters(ours) == published == sum(p.numel() for p in theirs.parameters())
     assert family.fits(config)
+    longest = [said[key] for key in ("max_position_embeddings", "original_max_position_embeddings") if key in said]
+    assert not longest or config.max_seq_len == min(longest)

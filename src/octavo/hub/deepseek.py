@@ -25,7 +25,7 @@ class DeepSeekV2(WithExperts):
         **WithExperts.only, "mlp_bias": False, "norm_topk_prob": False, "moe_layer_freq": 1, "scoring_func": "softmax",
     }  # fmt: skip
     shared: ClassVar[Mapping[str, str]] = {p: f"mlp.shared_experts.{p}_proj.weight" for p in ("gate", "up", "down")}
-    default_method, default_dense = "greedy", 0
+    default_method, default_dense, default_scale = "greedy", 0, 1.0
 
     # ------------------------------------------------------------------------------------------- attention
 
@@ -127,7 +127,7 @@ class DeepSeekV2(WithExperts):
             "experts_per_token": whole(hf, "num_experts_per_tok", self),
             "d_ff": whole(hf, "moe_intermediate_size", self),
             "n_shared_experts": whole(hf, "n_shared_experts", self),
-            "routed_scale": hf.get("routed_scaling_factor", 1.0),
+            "routed_scale": hf.get("routed_scaling_factor", self.default_scale),
             "balance": ("sequence" if hf.get("seq_aux", True) else "switch") if weight else "none",
             "balance_weight": weight,
             **self.read_choice(hf),
@@ -175,7 +175,7 @@ class DeepSeekV3(DeepSeekV2):
         "topk_method": "noaux_tc",
     }  # fmt: skip
     whole_heads = False
-    default_dense = 3
+    default_dense, default_scale = 3, 2.5
     selection_bias = "mlp.gate.e_score_correction_bias"
 
     def read_choice(self, hf: Mapping[str, Any]) -> dict[str, Any]:
