@@ -391,7 +391,8 @@ class Pipeline:
     def _sampler(self, lm: LanguageModel, config: TrainConfig) -> Callable[[], list[dict[str, str]]]:
         """What writes a few texts now and then; asked to stop, it stops between two tokens."""
         questions = [[{"role": "user", "content": prompt}] for prompt in config.sample_prompts]
-        prompts = questions if isinstance(config, TuneConfig) else list(config.sample_prompts)
+        asked = isinstance(config, TuneConfig) and not self._paired  # a source is a text as it stands
+        prompts = questions if asked else list(config.sample_prompts)
         how = SamplingConfig(
             max_new_tokens=config.sample_tokens, temperature=config.sample_temperature, seed=self.recipe.seed
         )
