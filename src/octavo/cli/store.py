@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from octavo.retrieval.index import Embed
-    from octavo.retrieval.store import Store, StoreConfig
+    from octavo.retrieval.store import Passage, Store, StoreConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -48,7 +48,7 @@ def build(
     made = Store.create(store, _config(store, model), embed)
     made.add(read)
     typer.echo(f"{store}: {len(made.passages):,} passages")
-    _tell_cut(embed)
+    _tell_cut(embed, made.passages)
 
 
 @app.command()
@@ -61,7 +61,7 @@ def add(store: Folder, texts: Texts, size: Size = 800) -> None:
     opened = open_store(store)
     made = opened.add(read)
     typer.echo(f"{store}: {len(made):,} passages more, {len(opened.passages):,} in all")
-    _tell_cut(opened.embed)
+    _tell_cut(opened.embed, made)
 
 
 @app.command()
@@ -100,7 +100,7 @@ def index(
     opened = Store.open(store, embed, check=False)
     opened.index_by(_config(store, model), embed)
     typer.echo(f"{store}: {len(opened.passages):,} passages, by {f'vectors of {model}' if model else 'words'}")
-    _tell_cut(embed)
+    _tell_cut(embed, opened.passages)
 
 
 @app.command()
@@ -178,22 +178,20 @@ class Encoder:
         self.lm = octavo.load(model)
         if isinstance(self.lm.network, EncoderDecoder):
             raise ConfigError(f"{model} is an encoder-decoder, which has no vectors of texts", fix="use an encoder")
-        self.cut = 0  # texts whose end the model did not read
-
-    @property
-    def limit(self) -> int:
-        """The most tokens of a text that are read."""
         said = self.lm.sentences.max_tokens if self.lm.sentences is not None else None
-        return min(said or self.lm.max_seq_len, self.lm.max_seq_len)
+        self.limit = min(said or self.lm.max_seq_len, self.lm.max_seq_len)  # tokens of a text that are read
+
+    def n_cut(self, texts: Sequence[str]) -> int:
+        """How many texts are longer than what is read of them."""
+        special = self.lm.tokenizer.special
+        room = self.limit - (special.first is not None) - (special.last is not None)
+        return sum(len(ids) > room for ids in self.lm.tokenizer.encode_batch(list(texts)))
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         from octavo.training.progress import Console
 
         if len(texts) == 1:  # a question
             return self.lm.embed(texts)
-        special = self.lm.tokenizer.special
-        room = self.limit - (special.first is not None) - (special.last is not None)
-        self.cut += sum(len(ids) > room for ids in self.lm.tokenizer.encode_batch(list(texts)))
         with Console().bar(len(texts), "passage") as bar:
             shown = 0
 
@@ -212,10 +210,10 @@ def _config(store: Path, model: str | None) -> StoreConfig:
     return StoreConfig(index=Dense.Config(model=named_from(store, model))) if model else StoreConfig()
 
 
-def _tell_cut(embed: Embed | None) -> None:
-    if isinstance(embed, Encoder) and embed.cut:
+def _tell_cut(embed: Embed | None, passages: Sequence[Passage]) -> None:
+    if isinstance(embed, Encoder) and (n := embed.n_cut([passage.text for passage in passages])):
         typer.echo(
-            f"{embed.cut:,} of them are longer than the {embed.limit} tokens that the model reads: "
+            f"{n:,} of them are longer than the {embed.limit} tokens that the model reads: "
             "their ends are not compared (--size makes shorter ones)",
             err=True,
         )

@@ -82,13 +82,17 @@ class KnnPredictor:
         """``ln p_knn`` of every token, (M, V), after hidden states (M, D); minus infinity without such a neighbour."""
         found = []
         for part in hidden.split(256):
-            distances = part.square().sum(1, keepdim=True) + self.lengths - 2 * part @ self.keys.T
-            near, which = distances.clamp(min=0).topk(self.k, largest=False)
+            near, which = self.neighbours(part)
             weights = (-near / self.temperature).softmax(-1)
             mass = weights.new_zeros(len(part), self.vocab_size)
             mass.scatter_add_(1, self.values[which], weights)
             found.append(mass.log())
         return torch.cat(found)
+
+    def neighbours(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared distances and numbers of the k keys next to hidden states (M, D), the nearest first: (M, k) both."""
+        distances = hidden.square().sum(1, keepdim=True) + self.lengths - 2 * hidden @ self.keys.T
+        return distances.clamp(min=0).topk(self.k, largest=False)
 
 
 def _log(share: float) -> float:

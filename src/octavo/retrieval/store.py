@@ -229,8 +229,10 @@ def model_of(folder: str | Path) -> str | None:
         model = index["model"] if index["kind"] == "dense" else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    beside = None if model is None else Path(folder) / model
-    return os.path.normpath(beside) if beside is not None and beside.exists() else model
+    if model is None:
+        return None
+    beside = Path(folder) / model
+    return os.path.normpath(beside) if beside.exists() or model.startswith(os.pardir) else model
 
 
 def _nothing(texts: Sequence[str]) -> np.ndarray:
