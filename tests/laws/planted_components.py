@@ -311,9 +311,53 @@ BUGS = [
         ("tests/parity/test_recurrent_family_parity.py::test_logits_and_every_hidden_state[mamba]",),
     ),
     Bug(
+        "families: DeepSeek's columns of the shared key come first", "hub/deepseek.py",
+        '(f"{b}.kv_down.{kind}", f"{b}.k_rope.{kind}")', '(f"{b}.k_rope.{kind}", f"{b}.kv_down.{kind}")',
+        ("tests/parity/test_expert_families_parity.py::test_logits_and_every_hidden_state[deepseek_v2]",),
+    ),
+    Bug(
+        "families: DeepSeek's tokens choose as many experts as are shared", "hub/deepseek.py",
+        '"experts_per_token": whole(hf, "num_experts_per_tok", self)',
+        '"experts_per_token": whole(hf, "n_shared_experts", self)',
+        ("tests/parity/test_expert_families_parity.py::test_logits_and_every_hidden_state[deepseek_v3 half]",),
+    ),
+    Bug(
+        "families: DeepSeek-V3 without first_k_dense_replace has experts everywhere", "hub/deepseek.py",
+        "default_dense, default_scale = 3, 2.5", "default_dense, default_scale = 0, 2.5",
+        ("tests/parity/test_expert_families_parity.py::test_a_key_that_is_left_out_means_what_its_class_means[deepseek_v3]",),
+    ),
+    Bug(
+        "families: Qwen-MoE's steps begin at the first layer", "hub/qwen_moe.py",
+        "(i + 1) % step == 0 for i", "i % step == 0 for i",
+        ("tests/parity/test_expert_families_parity.py::test_names_and_shapes_are_those_of_a_saved_folder"
+         "[qwen3_moe steps]",),
+    ),
+    Bug(
+        "families: Qwen2-MoE's windows begin at the second layer", "hub/qwen_moe.py",
+        "if i % 2 == 0 and i < last", "if i % 2 == 1 and i < last",
+        ("tests/parity/test_expert_families_parity.py::test_a_key_that_is_left_out_means_what_its_class_means"
+         "[qwen2_moe sparse]",),
+    ),
+    Bug(
         "alibi: rounded places count from the row's beginning", "nn/position_bias.py",
         "return keys.slots - torch.where(begins, keys.slots, 0).cummax(1).values", "return keys.slots",
         ("tests/parity/test_classic_family_parity.py::test_rounded_places_count_within_a_document",),
+    ),
+    Bug(
+        "tags: a span goes on into another type", "eval/tags.py",
+        'before in ("B", "I") and type_ == type_before', 'before in ("B", "I")',
+        ("tests/unit/eval/test_tags.py::test_spans_by_hand",),
+    ),
+    Bug(
+        "tags: the blank before a word carries its tag", "tokenizer/words.py",
+        "own = [i for i, id in enumerate(ids) if not self._is_blank(id)] or list(range(len(ids)))",
+        "own = list(range(len(ids)))",
+        ("tests/unit/data/test_tagged.py::test_the_first_or_last_or_every_piece_carries_the_tag",),
+    ),
+    Bug(
+        "tags: a held-out word counts once for each of its tokens", "data/tagged.py",
+        "tags[places[:1] if once else places]", "tags[places]",
+        ("tests/unit/data/test_tagged.py::test_the_first_or_last_or_every_piece_carries_the_tag",),
     ),
     Bug(
         "n-grams: what begins a sentence has no count below the highest order", "ngrams/counting.py",
