@@ -170,6 +170,20 @@ BUGS = [
         ("tests/parity/test_recurrent_parity.py::test_both_directions_within_documents[sum-gru-auto]",),
     ),
     Bug(
+        "gru: backwards nothing is kept of the state before", "nn/through_time.py",
+        "dh[t - 1].addcmul_(dh[t], keep[t]).addmm_(outers[t], over)", "dh[t - 1].addmm_(outers[t], over)",
+        ("tests/parity/test_recurrent_parity.py::test_whole_rows_and_gradients[gru]",),
+    ),
+    Bug(
+        "rnn: backwards the activation is a line", "nn/through_time.py", "dh[t].mul_(slope[t])", "dh[t].mul_(1)",
+        ("tests/parity/test_recurrent_parity.py::test_whole_rows_and_gradients[rnn tanh]",),
+    ),
+    Bug(
+        "gradients by position: padding's place is taken for a token's", "eval/gradients.py",
+        "return norms if moved is None else norms.gather(1, moved)", "return norms",
+        ("tests/unit/eval/test_gradients.py::test_it_is_the_gradient_of_each_rows_own_last_loss[0-gru]",),
+    ),
+    Bug(
         "moe: the selection bias leaks into the weights", "nn/moe.py",
         "weights = router.weights_of(logits, scores, chosen, config.order, config.normalise)",
         "weights = router.weights_of(logits, scores + (0 if self.selection_bias is None else self.selection_bias),"
