@@ -8,8 +8,8 @@
 Random weights, greedy, and every token comes after at least ``--context`` others: an engine's own benchmark that begins
 with an empty context measures something else. Rounds of all engines are interleaved. llama.cpp's int8 is Q8_0 and its
 int4 Q4_0; it runs in a process of its own that waits for its turn (build it with GGML_NATIVE=OFF and the AVX-512
-flags: its AMX code crashes on quantised files). Octavo is the native step itself with its argmax. The roof is what a loop
-reads from huge pages in a second, to compare with the bytes of weights that the steps read.
+flags: its AMX code crashes on quantised files). Octavo is the native step itself with its argmax. The roof is what a
+loop reads from huge pages in a second, to compare with the bytes of weights that the steps read.
 """
 
 from __future__ import annotations
