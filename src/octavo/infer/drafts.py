@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
+from octavo.errors import ConfigError
 from octavo.infer.executors import PlainExecutor
 from octavo.infer.memory import Pool
 from octavo.infer.scheduler import Sequence as Text
 from octavo.infer.scheduler import Work
+from octavo.models.decoder import Decoder
 
 
 class Drafter(Protocol):
@@ -119,3 +122,81 @@ class _Known:
             else:
                 pool.load(own.slot or 0, saved)
         own.length, own.tokens = same, list(tokens)
+
+
+class ModuleDraft:
+    """What the model's own first module of multi-token prediction foretells: one token beyond the next.
+
+    It reads the hidden states of the model as they are made, so the model runs through its own forward pass, and texts
+    that begin alike are each read for themselves. Source: DeepSeek-AI 2024 (DeepSeek-V3), section 2.2, "MTP in
+    inference".
+    """
+
+    def __init__(self, model: Decoder, *, n_slots: int = 64):
+        self.model = model
+        limit = model.max_seq_len
+        if not len(model.multi_token):
+            raise ConfigError("the model has no multi_token modules to draft with", fix="use another draft")
+        module: Any = model.multi_token[0]
+        self.pool = Pool(
+            module.state_specs(), n_blocks=n_slots, block_size=limit, n_slots=n_slots, max_tokens=limit,
+            dtype=model.embed.weight.dtype, device=model.embed.weight.device,
+        )  # fmt: skip
+        if not self.pool.goes_back:
+            raise ConfigError("the module keeps a state that cannot go back", fix="use another draft")
+        self.texts: dict[int, _Observed] = {}
+
+    def observe(self, work: Work, hidden: Tensor) -> None:
+        """Take the hidden states of a work, the draft's too: what does not hold is overwritten later."""
+        sequence = work.sequence
+        assert sequence.slot is not None
+        if (found := self.texts.get(sequence.slot)) is None or found.owner is not sequence:
+            found = self.texts[sequence.slot] = _Observed(sequence)
+        found.take(sequence.length, hidden)
+
+    def propose(self, texts: Sequence[tuple[Text, int]]) -> list[list[int]]:
+        drafts: list[list[int]] = [[] for _ in texts]
+        groups: dict[int, list[int]] = {}
+        for i, (text, room) in enumerate(texts):
+            own = self.texts.get(text.slot if text.slot is not None else -1)
+            if room > 0 and own is not None and own.owner is text and own.known(text.length):
+                groups.setdefault(text.length - own.read, []).append(i)
+        for rows in groups.values():
+            for i, token in zip(rows, self._foretold([texts[i][0] for i in rows]), strict=True):
+                drafts[i] = [token]
+        return drafts
+
+    @torch.inference_mode()
+    def _foretold(self, texts: list[Text]) -> list[int]:
+        """The token after the last one of each text, all with as many new tokens."""
+        own = [self.texts[text.slot or 0] for text in texts]
+        hidden = torch.stack([one.hidden[: text.length - one.read] for one, text in zip(own, texts, strict=True)])
+        following = [text.tokens[one.read + 1 : text.length + 1] for one, text in zip(own, texts, strict=True)]
+        slots = [text.slot or 0 for text in texts]
+        state = self.pool.view([[slot + 1] for slot in slots], slots, [one.read for one in own])
+        made = self.model.foretell(hidden, torch.tensor(following, device=hidden.device), state)
+        for one, text in zip(own, texts, strict=True):
+            one.drop(text.length)
+        return self.model.logits(made[:, -1]).argmax(-1).tolist()
+
+
+class _Observed:
+    """Hidden states of a text that its module has not read yet: those of the tokens from ``read`` on."""
+
+    def __init__(self, owner: Text):
+        self.owner, self.read, self.complete = owner, 0, owner.length == 0
+        self.hidden = torch.empty(0)
+
+    def take(self, start: int, hidden: Tensor) -> None:
+        if start < self.read:  # it was put back, and is read anew
+            self.read, self.complete, self.hidden = 0, start == 0, hidden[:0]
+        self.complete = self.complete and start <= self.read + len(self.hidden)
+        before = self.hidden[: max(start - self.read, 0)]
+        self.hidden = torch.cat([before, hidden]) if len(before) else hidden
+
+    def known(self, length: int) -> bool:
+        """Whether it has seen everything up to ``length``; not so of a text that went on from another's state."""
+        return self.complete and self.read < length <= self.read + len(self.hidden)
+
+    def drop(self, length: int) -> None:
+        self.hidden, self.read = self.hidden[length - self.read :], length

@@ -54,6 +54,7 @@ class PlainExecutor:
         deterministic: bool = False,
     ):
         self.model, self.pool, self.memory_of, self.deterministic = model, pool, memory_of, deterministic
+        self.observe: Callable[[Work, Tensor], None] | None = None  # told of every work's hidden states (n, D)
         self.has_hidden = isinstance(model, Decoder | EncoderDecoder)
 
     @torch.inference_mode()
@@ -88,14 +89,16 @@ class PlainExecutor:
         slots = [s.slot for s in sequences if s.slot is not None]
         state = self.pool.view([s.table for s in sequences], slots, [s.length for s in sequences])
         rows = [row for row, work in enumerate(group) if work.completes]
-        logits = iter(self._logits(inputs, state, rows, 1 + len(group[0].draft)))
+        logits = iter(self._logits(inputs, state, rows, 1 + len(group[0].draft), group))
         return [(work, next(logits) if work.completes else None) for work in group]
 
-    def _logits(self, inputs: Inputs, state: Any, rows: list[int], n: int) -> Tensor:
+    def _logits(self, inputs: Inputs, state: Any, rows: list[int], n: int, group: Sequence[Work] = ()) -> Tensor:
         """After the last ``n`` tokens of some rows, (rows, n, V)."""
         if not self.has_hidden:
             return self.model(inputs, state=state, needs=("logits",)).logits[rows, -n:]
         hidden = self.model(inputs, state=state, needs=("hidden",)).hidden
+        for work, own in zip(group, hidden, strict=False) if self.observe is not None else ():
+            self.observe(work, own)
         return self.model.logits(hidden[rows, -n:]) if rows else hidden[:0]
 
 

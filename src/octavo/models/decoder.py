@@ -308,6 +308,27 @@ class Decoder(nn.Module):
             add_up(aux, new)
         return normed, aux
 
+    def foretell(self, hidden: Tensor, following: Tensor, state: State) -> Tensor:
+        """What the first module of multi-token prediction makes of tokens that were read, for ``logits``.
+
+        Args:
+            hidden: (B, T, D), the normed last hidden state at each token.
+            following: (B, T) int64, the token after each.
+            state: of the module's own (``multi_token[0].state_specs()``), one entry for each token.
+
+        Returns:
+            (B, T, D); the head's logits of it foretell the token after ``following``.
+
+        Raises:
+            UnsupportedError: the model has no such module.
+        """
+        if not len(self.multi_token):
+            raise UnsupportedError("the model has no multi_token modules", fix="train one with multi_token")
+        ctx, inputs = state.begin(Inputs(following)), Inputs(following)
+        wanted = self.config.multi_token
+        context = self._contexts(ctx)[(wanted.block if wanted else None) or self.config.layer_names()[-1]]
+        return self.multi_token[0](hidden, self._embedded(inputs), context, state)[1]
+
     def _classes(self, hidden: Tensor, ctx: Context, state: State | None) -> Tensor:
         if self.classes is None:
             raise UnsupportedError("the model has no classes", fix="set model.classes, or ask for another output")

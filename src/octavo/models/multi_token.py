@@ -16,6 +16,7 @@ from octavo.models.block import Block, BlockConfig
 from octavo.nn.contracts import Aux, Context, Dims
 from octavo.nn.norm import Norm
 from octavo.nn.projection import Projection
+from octavo.nn.state import State, StateSpec
 from octavo.nn.tables import NORMS
 from octavo.schema import Config, component
 
@@ -42,10 +43,16 @@ class MultiToken(nn.Module):
         self.block = Block(block, norm, dims)
         self.norm: Norm = make(norm, dims.d_model)
 
-    def forward(self, hidden: Tensor, later: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Aux]:
+    def forward(
+        self, hidden: Tensor, later: Tensor, ctx: Context, state: State | None = None
+    ) -> tuple[Tensor, Tensor, Aux]:
         joined = torch.cat([self.hidden_norm(hidden), self.embed_norm(later)], -1)
-        out, aux = self.block(self.project(joined), ctx)
+        out, aux = self.block(self.project(joined), ctx, state)
         return out, self.norm(out), aux
+
+    def state_specs(self) -> dict[str, StateSpec]:
+        """What it keeps between calls of its own, by the names under which its block asks for it."""
+        return {f"0.{name}": layer.mixer.state_spec() for name, layer in self.block.sub_layers()}
 
     def flops(self, n_tokens: int) -> int:
         """Multiply-adds times two of one row's pass, its share of the head left out."""

@@ -11,12 +11,13 @@ from pydantic import TypeAdapter
 from test_engine import KINDS, PROMPTS, alone, answers, model_of, nothing_is_held
 
 from octavo.errors import ConfigError
-from octavo.infer.drafts import ModelDraft, PromptLookup
+from octavo.infer.drafts import ModelDraft, ModuleDraft, PromptLookup
 from octavo.infer.engine import Engine
 from octavo.infer.request import EngineConfig, Request
 from octavo.infer.sampling import SamplingConfig, judge, shape
 from octavo.infer.scheduler import Sequence
 from octavo.models.decoder import Decoder
+from octavo.nn.contracts import Inputs
 from octavo.predictors.kinds import PREDICTORS, count
 from octavo.schema import one_of
 from octavo.tokenizer import Byte, Tokenizer, train
@@ -132,3 +133,38 @@ def test_lookup_takes_the_last_time_it_was_said():
 def test_bits_and_drafts_exclude_each_other(tokenizer):
     with pytest.raises(ConfigError, match="draft"):
         Engine(model_of("attention"), tokenizer, EngineConfig(deterministic=True), drafter=PromptLookup())
+
+
+@pytest.mark.parametrize("max_tokens", [200, 40], ids=["room", "pre-empted"])
+def test_a_model_drafts_with_its_own_module(max_tokens, tokenizer):
+    """The module reads what it would in a whole pass, so a model whose module repeats it would be right throughout."""
+    model = model_of("attention", multi_token={"n_modules": 1})
+    config = SamplingConfig(max_new_tokens=12, temperature=0)
+    expected = [alone(model, tokenizer, prompt, config) for prompt in PROMPTS]
+    drafter = ModuleDraft(model, n_slots=3)
+    settings = EngineConfig(max_sequences=3, max_tokens=max_tokens, block_size=4, chunk=6, step_tokens=16)
+    engine = Engine(model, tokenizer, settings, drafter=drafter)
+    proposed = []
+    original = drafter.propose
+
+    def noted(texts):
+        drafts = original(texts)
+        proposed.extend((list(text.tokens), draft) for (text, _), draft in zip(texts, drafts, strict=True))
+        return drafts
+
+    drafter.propose = noted
+    requests = [Request(prompt, config) for prompt in PROMPTS]
+    for request in requests:
+        engine.add(request)
+    assert [rows[0] for rows in answers(engine, requests)] == expected
+    assert engine.figures()["tokens_drafted"] > 20 and nothing_is_held(engine)
+    assert max_tokens == 200 or engine.figures()["preempted"]
+    for tokens, draft in proposed:
+        further = model(Inputs(torch.tensor([tokens])), needs=("multi_token",)).multi_token[0]
+        if draft:  # module 1 at the last token but one foretells what comes after the last
+            assert draft == [int(model.logits(further[0, -2]).argmax())]
+
+
+def test_a_model_without_a_module_says_so():
+    with pytest.raises(ConfigError, match="no multi_token modules"):
+        ModuleDraft(model_of("attention"))
