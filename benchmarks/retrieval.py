@@ -148,7 +148,7 @@ def memory(text: str, steps: int, scored: int) -> dict[str, Any]:
         settings = [
             f"data.sources=[{{path: {folder}/text}}]", "tokenizer.vocab_size=1024", "model.d_model=128",
             "model.n_layers=3", "model.blocks.block.mixer.n_heads=2", f"train.steps={steps}", "train.threads=1",
-            f"train.valid_every={max(1, steps // 2)}", f"train.save_every={steps}", "train.sample_every=null",
+            f"train.valid_every={max(1, steps // 2)}", f"train.save_every={steps}", f"train.sample_every={steps}",
             "tune=null", "eval=null",
         ]  # fmt: skip
         _, seconds = timed(lambda: octavo.train("quickstart", settings, out=Path(folder) / "run"))
