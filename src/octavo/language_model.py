@@ -15,8 +15,9 @@ from octavo.errors import CheckpointError, ConfigError, ConfigErrors, did_you_me
 from octavo.files import write_json
 from octavo.hub import formats, sentences
 from octavo.hub.folder import assemble, load_model, model_config, read_config, save_model
+from octavo.infer.constraints import Grammar, follow
 from octavo.infer.embed import classify, embed, tag
-from octavo.infer.generate import encode_prompt, encode_source, generate, pieces
+from octavo.infer.generate import best, encode_prompt, encode_source, generate, pieces
 from octavo.infer.sampling import SamplingConfig
 from octavo.infer.text import Completion
 from octavo.models.encoder_decoder import EncoderDecoder
@@ -70,9 +71,23 @@ class LanguageModel:
             return encode(self.tokenizer, prompt)
         return self.tokenizer.render(list(prompt), add_generation_prompt=True).ids
 
-    def complete(self, prompt: Prompt, config: SamplingConfig | None = None, **settings: Any) -> Completion:
-        """Continue a text or answer messages; ``settings`` are those of ``SamplingConfig``."""
-        return generate(self.model, self.tokenizer, [self.prompt_ids(prompt)], _sampling(config, settings))[0]
+    def complete(
+        self, prompt: Prompt, config: SamplingConfig | None = None, *, best_of: int = 1, **settings: Any
+    ) -> Completion:
+        """Continue a text or answer messages.
+
+        Args:
+            best_of: draw so many texts, and give the one with the highest mean ln p of its tokens.
+            settings: those of ``SamplingConfig``, and one of ``json_schema`` (a dict), ``regex`` and ``grammar`` (Lark,
+                in llguidance's dialect), which the text then follows.
+        """
+        if best_of < 1:
+            raise ConfigError(f"best_of = {best_of}: there would be no text", fix="give 1 or more")
+        constraint = self._constraint(settings)
+        prompts, n_top = [self.prompt_ids(prompt)] * best_of, 0 if best_of > 1 else None
+        config = _sampling(config, settings)
+        made = generate(self.model, self.tokenizer, prompts, config, n_top=n_top, constraint=constraint)
+        return best(made)[0] if best_of > 1 else made[0]
 
     def generate(self, prompt: Prompt, config: SamplingConfig | None = None, **settings: Any) -> str:
         """The text of ``complete``: ``lm.generate("Once", max_new_tokens=50, temperature=0.8, seed=1)``."""
@@ -80,9 +95,16 @@ class LanguageModel:
 
     def stream(self, prompt: Prompt, config: SamplingConfig | None = None, **settings: Any) -> Iterator[str]:
         """The same text piece by piece, whole characters only."""
-        for piece in pieces(self.model, self.tokenizer, [self.prompt_ids(prompt)], _sampling(config, settings)):
+        constraint = self._constraint(settings)
+        config, ids = _sampling(config, settings), self.prompt_ids(prompt)
+        for piece in pieces(self.model, self.tokenizer, [ids], config, constraint=constraint):
             if piece.text:
                 yield piece.text
+
+    def _constraint(self, settings: dict[str, Any]) -> Grammar | None:
+        """What ``settings`` want the text to follow, taken out of them."""
+        given = {name: settings.pop(name) for name in ("json_schema", "regex", "grammar") if name in settings}
+        return follow(self.tokenizer, **given)
 
     @torch.no_grad()
     def logits(self, tokens: Sequence[int] | Tensor) -> Tensor:
@@ -255,6 +277,8 @@ def _sampling(config: SamplingConfig | None, settings: dict[str, Any]) -> Sampli
 
 
 def _refusal(loc: Sequence[int | str], message: str) -> ConfigError:
+    if not loc:  # of several settings together
+        return ConfigError(message.removeprefix("Value error, "), fix="choose other values")
     name = str(loc[0])
     if name not in SamplingConfig.model_fields:
         fix = did_you_mean(name, SamplingConfig.model_fields, thing="setting")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,12 @@ Temperature = Annotated[float, typer.Option(help="0 always takes the most probab
 TopK = Annotated[int, typer.Option(help="Choose among the k most probable tokens; 0 among all.")]
 TopP = Annotated[float, typer.Option(help="Choose among the most probable tokens that add up to this much.")]
 MinP = Annotated[float, typer.Option(help="Leave out tokens below this share of the best one's probability.")]
+TypicalP = Annotated[float, typer.Option(help="Choose among tokens whose surprise is usual, up to this probability.")]
+TemperatureEnd = Annotated[float | None, typer.Option(help="Anneal: the temperature moves to this one.")]
+TemperatureTokens = Annotated[int, typer.Option(help="… over so many tokens.")]
+TemperaturePath = Annotated[
+    str, typer.Option(help="… in equal steps of it (`linear`) or of its logarithm (`geometric`).")
+]
 Repetition = Annotated[float, typer.Option(help="Above 1: avoid tokens that were there before.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Stop after this many tokens.")]
 Seed = Annotated[int | None, typer.Option(help="Makes the same choices every time.")]
@@ -42,25 +49,43 @@ def generate(
     top_k: TopK = 0,
     top_p: TopP = 0.95,
     min_p: MinP = 0.0,
+    typical_p: TypicalP = 1.0,
+    temperature_end: TemperatureEnd = None,
+    temperature_tokens: TemperatureTokens = 64,
+    temperature_path: TemperaturePath = "linear",
     repetition_penalty: Repetition = 1.0,
     seed: Seed = None,
     stop: Stop = None,
     n: Annotated[int, typer.Option("--n", min=1, max=64, help="How many continuations.")] = 1,
+    best_of: Annotated[
+        int, typer.Option(min=1, max=64, help="Draw so many and print the best --n by mean log-probability.")
+    ] = 1,
     beams: Annotated[int, typer.Option(min=1, max=64, help="Above 1: follow as many texts, print the best.")] = 1,
     length_penalty: Annotated[float, typer.Option(help="Of beams: above 0 prefers long texts.")] = 1.0,
     infill: Annotated[str, typer.Option(help="What comes after a gap: write what stands between.")] = "",
+    json_schema: Annotated[
+        Path | None, typer.Option(help="A file with a JSON Schema: what is written is JSON and valid under it.")
+    ] = None,
+    regex: Annotated[str | None, typer.Option(help="What is written matches this, as a whole.")] = None,
+    grammar: Annotated[
+        Path | None, typer.Option(help="A file with a Lark grammar (llguidance's dialect): what is written follows it.")
+    ] = None,
     draft: Draft = None,
 ) -> None:
     """Continue a text with a model; the text appears as it is made. An encoder-decoder writes its answer to it.
 
     With --beams nothing is drawn: the text of the highest probability that the search finds is printed, with --n
     the best n, and the options of drawing do not count. --infill is for models trained with fim. --draft makes the
-    same texts in fewer passes.
+    same texts in fewer passes; it guesses nothing where --json-schema, --regex or --grammar says what may be written.
 
     Example: [bold]octavo generate runs/quickstart "The json module"[/bold]   ·   [bold]… MODEL < start.txt[/bold]
     """
     if beams > 1 and (stop or repetition_penalty != 1):
         raise ConfigError("--beams knows neither --stop nor --repetition-penalty", fix="leave them out, or --beams")
+    if beams > 1 and (best_of > 1 or json_schema or regex is not None or grammar):
+        raise ConfigError("--beams draws nothing and follows no grammar", fix="leave the other options out, or --beams")
+    if 1 < best_of < n:
+        raise ConfigError(f"--n {n} of --best-of {best_of}", fix="ask for no more texts than are drawn")
     if n > beams > 1:
         raise ConfigError(f"--n {n} of --beams {beams}", fix="ask for no more texts than beams")
     config = sampling(
@@ -69,6 +94,10 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
+        typical_p=typical_p,
+        temperature_end=temperature_end,
+        temperature_tokens=temperature_tokens,
+        temperature_path=temperature_path,
         repetition_penalty=repetition_penalty,
         seed=seed,
         stop=tuple(stop or ()),
@@ -77,7 +106,11 @@ def generate(
         raise ConfigError("there is no text to continue", fix='give one: octavo generate MODEL "Once upon a time"')
     text = sys.stdin.read() if prompt in (None, "-") else str(prompt)
 
+    schema = _json_file(json_schema) if json_schema else None
+    lark = _text_file(grammar) if grammar else None
+
     import octavo
+    from octavo.infer import constraints
     from octavo.infer import generate as decode
     from octavo.infer.beam import BeamConfig, beam_search
     from octavo.infer.infill import encode_gap
@@ -95,17 +128,35 @@ def generate(
             head = f"--- {number} ({beam.score:.4f})\n" if n > 1 else ""
             sys.stdout.write(f"{head}{text}{beam.text}{infill}\n")
         return
-    engine = engine_with(lm, draft, decode.room_for(lm.model, [ids] * n, config))
-    if n == 1:
+    constraint = constraints.follow(lm.tokenizer, json_schema=schema, regex=regex, grammar=lark)
+    n_drawn = max(n, best_of)
+    engine = engine_with(lm, draft, decode.room_for(lm.model, [ids] * n_drawn, config))
+    if n_drawn == 1:
         sys.stdout.write(text)
-        for piece in decode.stream(lm.model, lm.tokenizer, ids, config, engine=engine):
+        for piece in decode.stream(lm.model, lm.tokenizer, ids, config, constraint=constraint, engine=engine):
             sys.stdout.write(piece)
             sys.stdout.flush()
         sys.stdout.write(f"{infill}\n")
         return
-    made = decode.generate(lm.model, lm.tokenizer, [ids] * n, config, engine=engine)
-    for number, completion in enumerate(made, start=1):
-        sys.stdout.write(f"--- {number}\n{text}{completion.text}{infill}\n")
+    how = {"n_top": 0 if best_of > 1 else None, "constraint": constraint, "engine": engine}
+    made = decode.generate(lm.model, lm.tokenizer, [ids] * n_drawn, config, **how)
+    for number, completion in enumerate(decode.best(made, n) if best_of > 1 else made, start=1):
+        head = f"--- {number}\n" if n > 1 else ""
+        sys.stdout.write(f"{head}{text}{completion.text}{infill}\n")
+
+
+def _text_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}", fix="give a text file") from None
+
+
+def _json_file(path: Path) -> Any:
+    try:
+        return json.loads(_text_file(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON: {error}", fix="give a file with a JSON Schema") from None
 
 
 def engine_with(lm: Any, draft: str | None, config: Any) -> Any:
@@ -154,6 +205,8 @@ def sampling(**settings: Any) -> SamplingConfig:
 
 
 def _explain(error: Mapping[str, Any]) -> ConfigError:
+    rule = error["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    if not error["loc"]:  # of several options together
+        return ConfigError(rule, fix="choose other values")
     option = "--" + str(error["loc"][0]).replace("_", "-")
-    rule = error["msg"].removeprefix("Input ")
     return ConfigError(f"{option} = {error['input']!r}: {rule}", fix="choose another value")

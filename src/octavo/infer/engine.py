@@ -16,7 +16,7 @@ from torch import Tensor
 
 from octavo.errors import ConfigError, NumericError, ResourceError
 from octavo.infer.blocks import Blocks
-from octavo.infer.drafts import Drafter
+from octavo.infer.drafts import Drafter, ModuleDraft
 from octavo.infer.executors import Executor, PassFailed, PlainExecutor, fastest
 from octavo.infer.memory import Pool, bytes_of, free_bytes
 from octavo.infer.request import Constraint, EngineConfig, Failure, Request, check_prompts
@@ -99,7 +99,10 @@ class Engine:
                 f"a decode state of {capacity:,} tokens takes {wanted / 2**30:.1f} GiB, which there is not",
                 fix="lower max_tokens or max_sequences of the engine",
             ) from None
-        self.executor = executor(model, self.pool) if executor else fastest(model, self.pool, self._plain())
+        plain = self._plain()
+        self.executor = executor(model, self.pool) if executor else fastest(model, self.pool, plain)
+        if isinstance(drafter, ModuleDraft):
+            self.executor, plain.observe = plain, drafter.observe
         self._order = itertools.count()
         self.reset()
 
@@ -109,7 +112,8 @@ class Engine:
         self.blocks = Blocks(self.n_blocks, size) if self.n_blocks else None
         self.scheduler = Scheduler(
             self.blocks, config.max_sequences, step_tokens=max(config.step_tokens, config.chunk), chunk=config.chunk,
-            share=config.share_prefixes and self.pool.only_tokens, deterministic=config.deterministic,
+            share=config.share_prefixes and self.pool.only_tokens and not isinstance(self.drafter, ModuleDraft),
+            deterministic=config.deterministic,
         )  # fmt: skip
         self.rows: dict[int, _Row] = {}
         self.n_drafted = self.n_accepted = 0
@@ -149,7 +153,7 @@ class Engine:
             sequence = Text(list(prompt), len(prompt), (request.priority, next(self._order)), request.within)
             stream = generator(request.config, request.first_stream + i)
             text = CertainText(self.tokenizer, prompt, request.config.stop)
-            constraint = request.constraint() if request.constraint else None
+            constraint = request.constraint(prompt, request.stop_ids) if request.constraint else None
             row = _Row(request, i, text, stream, sequence, how, constraint)
             sequence.owner = row
             if len(prompt) > limit:
@@ -311,16 +315,16 @@ class Engine:
         request = rows[0].request
         prompts = [row.sequence.tokens[: row.sequence.n_prompt] for row in rows]
         given = logits
-        if any(row.constraint for row in rows):
-            logits = logits.clone()
-            for row, own in zip(rows, logits, strict=True):
-                if row.constraint is not None:
-                    row.constraint.mask(own)
         try:
+            if any(row.constraint for row in rows):
+                logits = logits.clone()
+                for row, own in zip(rows, logits, strict=True):
+                    if row.constraint is not None:
+                        row.constraint.mask(own)
             chosen = choose(logits, request.config, prompts, [r.produced for r in rows], [r.stream for r in rows])
-        except NumericError as error:
+        except (ConfigError, NumericError) as error:
             if len(rows) > 1:  # one of them: each for itself
-                for row, own in zip(rows, logits.unsqueeze(1), strict=True):
+                for row, own in zip(rows, given.unsqueeze(1), strict=True):
                     yield from self._choose([row], own)
             elif id(rows[0].sequence) in self.rows:
                 self.cancel(request)

@@ -19,6 +19,7 @@ from octavo.infer.sampling import SamplingConfig
 from octavo.infer.text import Completion, Piece
 
 if TYPE_CHECKING:
+    from octavo.infer.constraints import Grammar
     from octavo.tokenizer import Tokenizer
 
 PREFILL_TOKENS = 256
@@ -34,6 +35,7 @@ def generate(
     stop_ids: Collection[int] | None = None,
     on_full: OnFull = "crop",
     n_top: int | None = None,
+    constraint: Grammar | None = None,
     engine: Engine | None = None,
 ) -> list[Completion]:
     """Complete every prompt; see ``pieces`` for the arguments.
@@ -42,7 +44,7 @@ def generate(
         One completion per prompt, in their order.
     """
     steps: list[list[Piece]] = [[] for _ in prompts]
-    how = {"stop_ids": stop_ids, "on_full": on_full, "n_top": n_top, "engine": engine}
+    how = {"stop_ids": stop_ids, "on_full": on_full, "n_top": n_top, "constraint": constraint, "engine": engine}
     for piece in pieces(model, tokenizer, prompts, config, **how):  # type: ignore[arg-type]
         steps[piece.row].append(piece)
     return [
@@ -56,6 +58,19 @@ def generate(
     ]
 
 
+def best(completions: Sequence[Completion], n: int = 1) -> list[Completion]:
+    """The ``n`` most probable of the texts drawn for one prompt, by the mean of ln p of their tokens (see ``n_top``).
+
+    The mean, so that a text does not win by being short. Of equals the earlier one comes first.
+    """
+    return sorted(completions, key=lambda one: -mean_log_prob([score.logprob for score in one.scores]))[:n]
+
+
+def mean_log_prob(scores: Sequence[float]) -> float:
+    """The mean of ln p over the tokens of a text."""
+    return sum(scores) / len(scores)
+
+
 def stream(
     model: Any,
     tokenizer: Tokenizer,
@@ -64,10 +79,12 @@ def stream(
     *,
     stop_ids: Collection[int] | None = None,
     on_full: OnFull = "crop",
+    constraint: Grammar | None = None,
     engine: Engine | None = None,
 ) -> Iterator[str]:
     """The completion of one prompt, as soon as each whole character of it is certain."""
-    for piece in pieces(model, tokenizer, [prompt], config, stop_ids=stop_ids, on_full=on_full, engine=engine):
+    how = {"stop_ids": stop_ids, "on_full": on_full, "constraint": constraint, "engine": engine}
+    for piece in pieces(model, tokenizer, [prompt], config, **how):  # type: ignore[arg-type]
         if piece.text:
             yield piece.text
 
@@ -81,6 +98,7 @@ def pieces(
     stop_ids: Collection[int] | None = None,
     on_full: OnFull = "crop",
     n_top: int | None = None,
+    constraint: Grammar | None = None,
     engine: Engine | None = None,
 ) -> Iterator[Piece]:
     """Decode all prompts together, one token a row and step.
@@ -96,6 +114,7 @@ def pieces(
             them anew for every token (the textbook loop of GPT-2; the cache cannot help, as every position moves).
             ``stop`` refuses a prompt that leaves no room and ends a row when the context is full.
         n_top: with a number, every piece carries its log-probability and those of the ``n_top`` best tokens.
+        constraint: what every text has to follow (``constraints.Grammar``).
         engine: where to decode; by default one of its own, as large as these texts can become. One that is kept
             remembers how earlier texts began, and may have a drafter.
 
@@ -110,7 +129,9 @@ def pieces(
     requests = {}
     try:
         for row, prompt in enumerate(prompts):
-            request = Request(prompt, config, stop_ids=ends, on_full=on_full, n_top=n_top, first_stream=row)
+            request = Request(
+                prompt, config, stop_ids=ends, on_full=on_full, n_top=n_top, first_stream=row, constraint=constraint
+            )
             engine.add(request)
             requests[request] = row
         with evaluating(model):

@@ -21,7 +21,11 @@ class Constraint(Protocol):
     """What a text has to follow: a grammar, a schema."""
 
     def mask(self, logits: Tensor) -> None:
-        """Give every token that cannot come next -inf, in logits (V,)."""
+        """Give every token that cannot come next -inf, in logits (V,).
+
+        Raises:
+            ConfigError: no token can come next.
+        """
         ...
 
     def accept(self, token: int) -> bool:
@@ -56,7 +60,8 @@ class Request:
         n_top: with a number, every piece carries its log-probability and those of the ``n_top`` best tokens.
         priority: smaller goes first; of equals the earlier.
         within: prompts share memory only with prompts of the same.
-        constraint: makes, for each text, what its tokens have to follow; such texts are not drafted.
+        constraint: makes, for each text, what its tokens have to follow, from the tokens that stand before it and
+            ``stop_ids`` (``constraints.Grammar``); such texts are not drafted.
     """
 
     prompt: Sequence[int]
@@ -68,7 +73,7 @@ class Request:
     priority: int = 0
     first_stream: int = 0
     within: Hashable = ""
-    constraint: Callable[[], Constraint] | None = None
+    constraint: Callable[[Sequence[int], Collection[int]], Constraint] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """From logits to the next token: temperature, truncation, penalties, one seeded choice.
 
 All functions are pure and work on logits (B, V); a token that cannot be chosen has logit ``-inf``. The order
-is the one of transformers' ``generate``: penalties, bias, temperature, top-k, top-p, min-p.
+is the one of transformers' ``generate``: penalties, bias, temperature, top-k, top-p, min-p, typical.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, model_validator
 
 from octavo.errors import NumericError
 from octavo.schema import Config
@@ -33,9 +33,19 @@ class SamplingConfig(Config):
         allow_inf_nan=True,
         description="0: argmax, 1: the model's own distribution, inf: uniform.",
     )
+    temperature_end: float | None = Field(
+        default=None, ge=0, allow_inf_nan=False, description="Anneal: the temperature moves to this one."
+    )
+    temperature_tokens: int = Field(default=64, ge=1, description="Tokens after which temperature_end is reached.")
+    temperature_path: Literal["linear", "geometric"] = Field(
+        default="linear", description="Equal steps of the temperature, or of its logarithm."
+    )
     top_k: int = Field(default=0, ge=0, description="Keep the k most probable tokens; 0 keeps all.")
     top_p: float = Field(default=1.0, gt=0, le=1, description="Keep the fewest tokens with this much probability.")
     min_p: float = Field(default=0.0, ge=0, le=1, description="Drop tokens below this share of the best one.")
+    typical_p: float = Field(
+        default=1.0, gt=0, le=1, description="Keep the tokens of the most usual surprise with this much probability."
+    )
     repetition_penalty: float = Field(
         default=1.0, gt=0, allow_inf_nan=False, description="CTRL's; 1: off, above 1 repels."
     )
@@ -46,6 +56,30 @@ class SamplingConfig(Config):
     max_new_tokens: int = Field(default=256, ge=1, description="Tokens to produce at most.")
     stop: tuple[Annotated[str, StringConstraints(min_length=1)], ...] = Field(default=(), description="End texts.")
 
+    @model_validator(mode="after")
+    def _path(self) -> Self:
+        if self.temperature_end is None:
+            return self
+        if math.isinf(self.temperature):
+            raise ValueError("temperature must be finite where temperature_end is given")
+        if self.temperature_path == "geometric" and min(self.temperature, self.temperature_end) < GREEDY_BELOW:
+            raise ValueError("a geometric path never reaches 0: give two temperatures above 0, or a linear path")
+        return self
+
+    def temperature_at(self, n_produced: int) -> float:
+        """The temperature at which the token after ``n_produced`` others is chosen."""
+        if self.temperature_end is None:
+            return self.temperature
+        share = min(n_produced / self.temperature_tokens, 1.0)
+        if self.temperature_path == "geometric":
+            return self.temperature ** (1 - share) * self.temperature_end**share
+        return self.temperature + (self.temperature_end - self.temperature) * share
+
+    @property
+    def greedy(self) -> bool:
+        """Whether every token is the most probable one."""
+        return max(self.temperature, self.temperature_end or 0.0) < GREEDY_BELOW
+
 
 def with_temperature(logits: Tensor, temperature: float) -> Tensor:
     """Logits whose softmax is ``p ** (1 / T)``, renormalised; excluded tokens stay excluded.
@@ -53,8 +87,8 @@ def with_temperature(logits: Tensor, temperature: float) -> Tensor:
     T = 0 leaves only the most probable token (the first of equals), T = inf makes all that are left equal.
     """
     if temperature < GREEDY_BELOW:
-        best = logits.argmax(-1, keepdim=True)
-        return logits.new_full(logits.shape, -math.inf).scatter(-1, best, 0.0)
+        best, at = logits.max(-1, keepdim=True)
+        return logits.new_full(logits.shape, -math.inf).scatter(-1, at, best - best)  # 0, or NaN where there is one
     above = logits - logits.amax(-1, keepdim=True)  # at most 0, so that a small T cannot overflow
     return (above / temperature).masked_fill(logits == -math.inf, -math.inf)
 
@@ -85,6 +119,24 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
         return logits
     probs = logits.softmax(-1)
     return logits.masked_fill(probs < p * probs.amax(-1, keepdim=True), -math.inf)
+
+
+def keep_typical(logits: Tensor, mass: float) -> Tensor:
+    """Keep the tokens whose surprise is nearest to the expected one until their probability reaches ``mass``.
+
+    The surprise of a token is ``-ln p``, the expected one is the entropy ``H``; the nearest by ``|-ln p - H|`` come
+    first, those as near as the last stay too. The most probable token may go. Source: Meister et al. 2023, section 4.
+    """
+    import torch
+
+    if mass >= 1:
+        return logits
+    log_p = logits.log_softmax(-1)
+    p = log_p.exp()
+    distance = (-log_p - torch.special.entr(p).sum(-1, keepdim=True)).abs()  # inf where a token is excluded
+    ascending, order = distance.sort(-1)
+    last = (p.gather(-1, order).cumsum(-1) < mass).sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
+    return logits.masked_fill(distance > ascending.gather(-1, last), -math.inf)
 
 
 def penalise_repetition(logits: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> Tensor:
@@ -137,8 +189,16 @@ def shape(
     logits: Tensor, config: SamplingConfig, prompts: Sequence[Sequence[int]], produced: Sequence[Sequence[int]]
 ) -> Tensor:
     """All of the above in order: logits (B, V) -> logits (B, V) whose softmax is drawn from."""
-    logits = with_temperature(with_penalties(logits, config, prompts, produced), config.temperature)
-    return keep_min_p(keep_top_p(keep_top_k(logits, config.top_k), config.top_p), config.min_p)
+    import torch
+
+    logits = with_penalties(logits, config, prompts, produced)
+    if config.temperature_end is None:
+        logits = with_temperature(logits, config.temperature)
+    else:
+        at = [config.temperature_at(len(ids)) for ids in produced]
+        logits = torch.stack([with_temperature(row, t) for row, t in zip(logits, at, strict=True)])
+    logits = keep_top_p(keep_top_k(logits, config.top_k), config.top_p)
+    return keep_typical(keep_min_p(logits, config.min_p), config.typical_p)
 
 
 def draw(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
@@ -182,7 +242,7 @@ def choose(
     """
     import torch
 
-    if config.temperature >= GREEDY_BELOW:
+    if not config.greedy:
         return draw(shape(logits, config, prompts, produced), streams).tolist()
     best, tokens = with_penalties(logits, config, prompts, produced).max(-1)
     if not bool(torch.isfinite(best).all()):  # max gives NaN where there is one
@@ -216,7 +276,7 @@ def judge(
 
     said = [[*produced, *draft[:i]] for i in range(len(draft) + 1)]
     prompts = [prompt] * len(said)
-    if config.temperature < GREEDY_BELOW:
+    if config.greedy:
         best = choose(logits, config, prompts, said, [stream] * len(said))
         n = next((i for i, token in enumerate(draft) if best[i] != token), len(draft))
         return best[: n + 1]

@@ -272,7 +272,8 @@ def test_a_constraint_is_followed_and_ends_the_text(tokenizer):
     class Counting:
         """Only 40, 41, 42, 43 in this order."""
 
-        def __init__(self):
+        def __init__(self, prompt, stop_ids):
+            assert (list(prompt), list(stop_ids)) == ([5, 9], [3])
             self.next = 40
 
         def mask(self, logits):
@@ -287,7 +288,7 @@ def test_a_constraint_is_followed_and_ends_the_text(tokenizer):
 
     engine = Engine(model_of("attention"), tokenizer, EngineConfig(max_sequences=3), drafter=PromptLookup())
     free = Request([5, 9], SamplingConfig(max_new_tokens=7, temperature=0))
-    bound = Request([5, 9], SamplingConfig(max_new_tokens=9), n=2, constraint=Counting)
+    bound = Request([5, 9], SamplingConfig(max_new_tokens=9), n=2, constraint=Counting, stop_ids=(3,))
     engine.add(free)
     engine.add(bound)
     pieces = [(request, piece) for request, piece in engine.run()]
