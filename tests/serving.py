@@ -57,8 +57,8 @@ def events(response: httpx.Response) -> list[dict]:
 class Live:
     """A running server and what a test wants to see of it."""
 
-    def __init__(self, port: int, model: Scripted, worker) -> None:
-        self.port, self.model, self.worker = port, model, worker
+    def __init__(self, port: int, model: Scripted, gate) -> None:
+        self.port, self.model, self.gate = port, model, gate
         self.url = f"http://127.0.0.1:{port}"
 
     def post(self, seconds: float = 30, **more: object) -> httpx.Response:
@@ -76,9 +76,9 @@ class Live:
     def settled(self) -> None:
         """Wait until nothing is open, then until the model has stopped."""
         until = time.monotonic() + 5
-        while self.worker.open_jobs and time.monotonic() < until:
+        while self.gate.open_jobs and time.monotonic() < until:
             time.sleep(0.005)
-        assert not self.worker.open_jobs
+        assert not self.gate.open_jobs
 
 
 @contextmanager
@@ -103,7 +103,7 @@ def live(
     while not server.started:
         time.sleep(0.01)
     try:
-        yield Live(sock.getsockname()[1], model, app.state.worker)
+        yield Live(sock.getsockname()[1], model, app.state.gate)
     finally:
         server.should_exit = True
         thread.join(10)

@@ -147,7 +147,7 @@ def test_errors_are_said_and_nothing_typed_is_lost(page: Page, tokenizer: Tokeni
 
 
 def test_a_server_with_a_key(page: Page, tokenizer: Tokenizer) -> None:
-    with live(tokenizer, "secret answer", settings={"api_key": "sesame"}) as server:
+    with live(tokenizer, "secret answer", settings={"api_keys": ("sesame",)}) as server:
         page.show(1280, 800)
         page.call("Page.navigate", url=server.url)
         page.wait("document.querySelector('.error') && !document.getElementById('key-field').hidden")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -42,13 +43,25 @@ def embed(
     """
     limit = max_tokens or model.max_seq_len
     framed = [frame(tokenizer, ids.tolist(), max_tokens=limit) for ids in tokenizer.encode_batch(list(texts))]
+    work = partial(_vectors, model, pooling=pooling, normalise=normalise)
+    return _by_length(framed, work, model.config.d_model, tokenizer.special.pad or 0, progress)
 
-    def vectors(inputs: Inputs) -> torch.Tensor:
-        assert inputs.valid is not None
-        found = pool(model(replace(inputs, token_types=None), needs=("hidden",)).hidden.float(), inputs.valid, pooling)
-        return torch.nn.functional.normalize(found, dim=-1) if normalise else found
 
-    return _by_length(framed, vectors, model.config.d_model, tokenizer.special.pad or 0, progress)
+def embed_in_batches(
+    model: Any, texts: Sequence[Sequence[int]], *, pooling: Pooling = "mean", normalise: bool = False, pad: int = 0
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """As ``embed``, of token ids as they stand, a batch at a time: which texts, and their vectors (n, D).
+
+    A text without a token is in no batch.
+    """
+    framed = [(list(ids), [0] * len(ids)) for ids in texts]
+    return _batches(framed, partial(_vectors, model, pooling=pooling, normalise=normalise), pad)
+
+
+def _vectors(model: Any, inputs: Inputs, pooling: Pooling, normalise: bool) -> torch.Tensor:
+    assert inputs.valid is not None
+    found = pool(model(replace(inputs, token_types=None), needs=("hidden",)).hidden.float(), inputs.valid, pooling)
+    return torch.nn.functional.normalize(found, dim=-1) if normalise else found
 
 
 @torch.no_grad()
@@ -141,10 +154,21 @@ def _by_length(
     pad: int,
     progress: Callable[[int], None],
 ) -> np.ndarray:
-    """What ``work`` makes of each text, (N, width), those of similar length together, the longest first."""
+    """What ``work`` makes of each text, (N, width)."""
     out = np.zeros((len(framed), width), np.float32)
+    done = sum(1 for ids, _ in framed if not ids)  # a text without a token has nothing but zeros
+    for rows, found in _batches(framed, work, pad):
+        out[rows] = found
+        done += len(rows)
+        progress(done)
+    return out
+
+
+def _batches(
+    framed: Sequence[tuple[list[int], list[int]]], work: Callable[[Inputs], torch.Tensor], pad: int
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """What ``work`` makes of the texts, those of similar length together, the longest first."""
     order = sorted((i for i in range(len(framed)) if framed[i][0]), key=lambda i: len(framed[i][0]))
-    done = len(framed) - len(order)  # a text without a token has nothing but zeros
     while order:
         longest = len(framed[order[-1]][0])
         rows = order[-max(1, BATCH_TOKENS // longest) :]
@@ -155,7 +179,6 @@ def _by_length(
             ids, kinds = framed[i]
             tokens[row, : len(ids)], types[row, : len(ids)] = torch.tensor(ids), torch.tensor(kinds)
             valid[row, : len(ids)] = True
-        out[rows] = work(Inputs(tokens, valid=valid, padding="end", token_types=types)).numpy()
-        done += len(rows)
-        progress(done)
-    return out
+        with torch.no_grad():
+            found = work(Inputs(tokens, valid=valid, padding="end", token_types=types)).numpy()
+        yield rows, found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from octavo.serve.refusal import ApiError
@@ -35,13 +35,13 @@ class Guard:
 
     Args:
         hosts: names that may stand in ``Host`` next to localhost and plain addresses.
-        api_key: required as ``Authorization: Bearer KEY`` when given.
+        api_keys: one of them is required as ``Authorization: Bearer KEY`` when any is given.
         public: paths that need no key.
     """
 
-    def __init__(self, app: Any, *, hosts: frozenset[str], api_key: str | None, public: frozenset[str]):
+    def __init__(self, app: Any, *, hosts: frozenset[str], api_keys: Sequence[str], public: frozenset[str]):
         self.app, self.hosts, self.public = app, hosts | {"localhost"}, public
-        self.key = None if api_key is None else api_key.encode()
+        self.keys = [key.encode() for key in api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -84,9 +84,10 @@ class Guard:
         origin = values.get("origin")
         if origin is not None and origin.lower() not in (f"http://{host}".lower(), f"https://{host}".lower()):
             raise ApiError(403, "Requests from other sites are refused.", code="origin_not_allowed")
-        if self.key is not None and path not in self.public:
+        if self.keys and path not in self.public:
             scheme, _, given = values.get("authorization", "").partition(" ")
-            if not (hmac.compare_digest(given.strip().encode("latin-1"), self.key) and scheme.lower() == "bearer"):
+            right = [hmac.compare_digest(given.strip().encode("latin-1"), key) for key in self.keys]
+            if not (any(right) and scheme.lower() == "bearer"):
                 raise ApiError(
                     401,
                     "Wrong or missing API key. Send it as `Authorization: Bearer KEY`.",

@@ -11,7 +11,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -22,7 +22,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from octavo.errors import ConfigError
 from octavo.serve.settings import ServeConfig
-from octavo.serve.worker import Worker
+from octavo.serve.worker import Gate
 
 INTERRUPTED = 130
 
@@ -33,7 +33,7 @@ def bind(config: ServeConfig) -> socket.socket:
     Raises:
         ConfigError: the address is in use or not ours, or it is open to the network without a key.
     """
-    if config.api_key is None and not _is_loopback(config.host):
+    if not config.api_keys and not _is_loopback(config.host):
         raise ConfigError(
             f"--host {config.host} is reachable from the network and there is no key",
             fix="add --api-key KEY (or set OCTAVO_API_KEY), or use --host 127.0.0.1",
@@ -85,21 +85,21 @@ def make_server(app: FastAPI, config: ServeConfig) -> Server:
         proxy_headers=False,
         timeout_graceful_shutdown=2,
     )
-    return Server(settings, app.state.worker, config.grace_seconds)
+    return Server(settings, app.state.gate, config.grace_seconds)
 
 
 class Server(uvicorn.Server):
     """Uvicorn, leaving with 0 after a signal: first no new work, then what runs may end, then the door closes."""
 
-    def __init__(self, config: uvicorn.Config, worker: Worker, grace_seconds: float):
+    def __init__(self, config: uvicorn.Config, gate: Gate, grace_seconds: float):
         super().__init__(config)
-        self.worker, self.grace_seconds = worker, grace_seconds
+        self.gate, self.grace_seconds = gate, grace_seconds
         self.exit_code = 0
         self._until: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._until is None:
-            self.worker.draining = True
+            self.gate.draining = True
             self._until = time.monotonic() + self.grace_seconds
         else:
             self._until = 0.0
@@ -109,9 +109,9 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         if self._until is not None and not self.should_exit:
             if time.monotonic() >= self._until:
-                self.worker.stop_all()
+                self.gate.stop_all()
                 await asyncio.sleep(0.1)  # the error frames go out
-            self.should_exit = not self.worker.open_jobs or time.monotonic() >= self._until
+            self.should_exit = not self.gate.open_jobs or time.monotonic() >= self._until
         return await super().on_tick(counter)
 
     @contextlib.contextmanager
@@ -173,10 +173,11 @@ def _is_loopback(host: str) -> bool:
     return False
 
 
-def announce(name: str, sock: socket.socket, config: ServeConfig) -> None:
+def announce(names: Sequence[str], sock: socket.socket, config: ServeConfig) -> None:
     """Say where the page and the endpoint are, and who can reach them."""
     host = f"[{config.host}]" if ":" in config.host else config.host
     address = f"http://{host}:{sock.getsockname()[1]}"
     reach = "only this machine can reach it" if _is_loopback(config.host) else "reachable from the network with the key"
-    print(f"{name} is served at {address} ({reach}; Ctrl-C stops)")
-    print(f"OpenAI clients: base_url={address}/v1, model={name}", flush=True)
+    are = "is" if len(names) == 1 else "are"
+    print(f"{', '.join(names)} {are} served at {address} ({reach}; Ctrl-C stops)")
+    print(f"OpenAI clients: base_url={address}/v1, model={' or '.join(names)}", flush=True)

@@ -7,31 +7,46 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from octavo.errors import did_you_mean
 from octavo.serve.refusal import ApiError, param_name
 
 if TYPE_CHECKING:
     from octavo.infer.text import TokenScore
+    from octavo.serve.tools import Call
     from octavo.tokenizer import Tokenizer
 
 MAX_ROWS = 8
 MAX_MESSAGES = 2048
 MAX_STOP = 4
+MAX_TOOLS = 128
 
 # Fields that clients send and that change nothing about the text of an answer.
 WITHOUT_EFFECT = frozenset(
-    "user metadata store service_tier safety_identifier prompt_cache_key parallel_tool_calls".split()
+    "user metadata store service_tier safety_identifier prompt_cache_key".split()
 )
 TEMPLATES = frozenset(("chat_template", "chat_template_kwargs"))
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """What a client sends: every field known, of its own type, every number finite."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def _listed(value: Any) -> Any:
+def listed(value: Any) -> Any:
+    """One text is a list of one."""
     return [value] if isinstance(value, str) else value
 
 
@@ -47,41 +62,131 @@ def _as_text(value: Any) -> Any:
     return "".join(texts)
 
 
-class Message(_Strict):
-    """One turn of a conversation."""
+class CalledFunction(Strict):
+    name: str
+    arguments: str
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_as_text)]
+
+class ToolCall(Strict):
+    """A call that an earlier answer made."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+
+
+class Message(Strict):
+    """One turn of a conversation; a result of a call is one too."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    tool_calls: list[ToolCall] = Field(default_factory=list, max_length=MAX_TOOLS)
+    tool_call_id: str | None = Field(default=None, validate_default=True)
+    content: Annotated[str | None, BeforeValidator(_as_text)] = Field(default=None, validate_default=True)
     name: str | None = None
 
+    @field_validator("tool_calls", "tool_call_id", "content")
+    @classmethod
+    def _of_its_role(cls, value: Any, info: ValidationInfo) -> Any:
+        """Only answers call tools, only results answer a call, and all but calls have a text."""
+        role, field = info.data.get("role"), info.field_name
+        owner = {"tool_calls": "assistant", "tool_call_id": "tool"}.get(field or "")
+        if owner not in (None, role) and value:
+            raise ValueError(f"only messages of the role `{owner}` have this")
+        needed = role == "tool" if field == "tool_call_id" else field == "content" and not info.data.get("tool_calls")
+        if value is None and needed and role is not None:
+            raise PydanticCustomError("missing", "Field required")
+        return value
 
-class StreamOptions(_Strict):
+
+class Function(Strict):
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    """A function that the model may want called."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Strict):
+    name: str
+
+
+class ToolChoice(Strict):
+    """Whether a tool is called, and which; a word or an object in a request."""
+
+    type: Literal["none", "auto", "required", "function"]
+    function: NamedFunction | None = Field(default=None, validate_default=True)
+
+    @field_validator("function")
+    @classmethod
+    def _named(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None and info.data.get("type") == "function":
+            raise PydanticCustomError("missing", "Field required")
+        return value
+
+
+def _as_choice(value: Any) -> Any:
+    return {"type": value} if isinstance(value, str) else value
+
+
+class StreamOptions(Strict):
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
-class ResponseFormat(_Strict):
-    type: Literal["text"]
+class JsonSchema(Strict):
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
 
 
-class _Request(_Strict):
+class ResponseFormat(Strict):
+    """What an answer is: any text, a JSON object, or JSON under a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = Field(default=None, validate_default=True)
+
+    @field_validator("json_schema")
+    @classmethod
+    def _beside_its_type(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = info.data.get("type")
+        if value is None and kind == "json_schema":
+            raise PydanticCustomError("missing", "Field required")
+        if value is not None and kind in ("text", "json_object"):
+            raise ValueError("only the type `json_schema` has this")
+        return value
+
+
+class _Request(Strict):
     model: str
     max_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0, lt=2**31)
     min_p: float = Field(default=0.0, ge=0, le=1)
+    typical_p: float = Field(default=1.0, gt=0, le=1)
+    temperature_end: float | None = Field(default=None, ge=0, le=2, description="the temperature moves to this one")
+    temperature_tokens: int = Field(default=64, ge=1, lt=2**31, description="over so many tokens")
+    temperature_path: Literal["linear", "geometric"] = "linear"
     repetition_penalty: float = Field(default=1.0, gt=0, le=10)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict, max_length=1024)
     n: int = Field(default=1, ge=1, le=MAX_ROWS)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: Annotated[list[Annotated[str, StringConstraints(min_length=1, max_length=256)]], BeforeValidator(_listed)] = (
+    stop: Annotated[list[Annotated[str, StringConstraints(min_length=1, max_length=256)]], BeforeValidator(listed)] = (
         Field(default_factory=list, max_length=MAX_STOP)
     )
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
+    priority: int = Field(default=0, ge=-100, le=100, description="smaller goes first")
 
 
 class ChatRequest(_Request):
@@ -92,16 +197,20 @@ class ChatRequest(_Request):
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=20)
     response_format: ResponseFormat | None = None
+    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
+    tool_choice: Annotated[ToolChoice, BeforeValidator(_as_choice)] = ToolChoice(type="auto")
+    parallel_tool_calls: bool = True
 
 
 class CompletionRequest(_Request):
     """POST /v1/completions"""
 
-    prompt: Annotated[list[str] | list[int] | list[list[int]], BeforeValidator(_listed)]
+    prompt: Annotated[list[str] | list[int] | list[list[int]], BeforeValidator(listed)]
     echo: bool = False
+    best_of: int | None = Field(default=None, ge=1, le=MAX_ROWS, description="drawn for each prompt; the best n are given")
 
 
-def validate(kind: type[_Request], body: Mapping[str, Any]) -> Any:
+def validate(kind: type[Strict], body: Mapping[str, Any]) -> Any:
     """The request as ``kind``; null means not given, as it does in the OpenAI interface.
 
     Raises:
@@ -176,12 +285,14 @@ class Shape:
         }
 
     def whole(self, choices: Sequence[Mapping[str, Any]], usage: Mapping[str, int]) -> dict[str, Any]:
-        """``choices`` have text, finish_reason and logprobs, in the order of their index."""
+        """``choices`` have text, calls, finish_reason and logprobs, in the order of their index."""
         listed = []
         for index, choice in enumerate(choices):
-            content = (
-                {"message": {"role": "assistant", "content": choice["text"]}} if self.chat else {"text": choice["text"]}
-            )
+            text, calls = choice["text"], [call.shown() for call in choice["calls"]]
+            message = {"role": "assistant", "content": text}
+            if calls:
+                message |= {"content": text or None, "tool_calls": calls}
+            content = {"message": message} if self.chat else {"text": text}
             rest = {"logprobs": choice["logprobs"], "finish_reason": choice["finish_reason"]}
             listed.append({"index": index, **content, **rest})
         kind = "chat.completion" if self.chat else "text_completion"
@@ -192,13 +303,17 @@ class Shape:
         index: int,
         text: str | None,
         *,
+        calls: Iterable[tuple[int, Call]] = (),
         first: bool = False,
         finish_reason: str | None = None,
         logprobs: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """A part of choice ``index``."""
+        """A part of choice ``index``; ``calls`` are numbered."""
         if self.chat:
-            delta = ({"role": "assistant"} if first else {}) | ({} if text is None else {"content": text})
+            delta: dict[str, Any] = {"role": "assistant"} if first else {}
+            delta |= {} if text is None else {"content": text}
+            if numbered := [{"index": i, **call.shown()} for i, call in calls]:
+                delta["tool_calls"] = numbered
             content: dict[str, Any] = {"delta": delta}
         else:
             content = {"text": text or ""}

@@ -23,7 +23,7 @@ from octavo.retrieval.index import Bm25, Dense
 from octavo.retrieval.store import Store, StoreConfig, cut
 from octavo.retrieval.words import words_of
 from octavo.serve import protocol
-from octavo.serve.app import Service
+from octavo.serve.service import Service
 from octavo.serve.settings import ServeConfig
 
 FACTS = [

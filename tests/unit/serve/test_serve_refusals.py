@@ -111,13 +111,41 @@ WRONG = [
     ({"messages": [5]}, 400, "messages.0"),
     ({"messages": [{"role": "user", "content": "x"}] * 3000}, 400, "messages"),
     ({"messages": [{"role": SECRET, "content": "x"}]}, 400, "messages.0.role"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.tool_call_id"),
+    ({"messages": [{"role": "tool", "content": "x", "tool_call_id": SECRET}]}, 400, "messages.0.tool_call_id"),
+    ({"messages": [{"role": "assistant", "tool_calls": [CALL | {"id": 5}]}]}, 400, "messages.0.tool_calls.0.id"),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": "[1]"}}]}]},
+        400,
+        "messages.0.tool_calls.0.function.arguments",
+    ),
     ({"messages": [{"role": "user"}]}, 400, "messages.0.content"),
     (user(5), 400, "messages.0.content"),
     (user([{"type": "image_url", "image_url": {"url": "http://x"}}]), 400, "messages.0.content"),
-    (user("x", tool_calls=[{"id": SECRET}]), 400, "messages.0.tool_calls"),
-    ({"tools": [{"type": "function"}]}, 400, "tools"),
-    ({"response_format": {"type": "json_object"}}, 400, "response_format.type"),
+    (user("x", tool_calls=[CALL]), 400, "messages.0.tool_calls"),
+    (user("x", tool_call_id=SECRET), 400, "messages.0.tool_call_id"),
+    ({"tools": [{"type": "function"}]}, 400, "tools.0.function"),
+    ({"tools": [TOOL | {"type": SECRET}]}, 400, "tools.0.type"),
+    ({"tools": [{"type": "function", "function": {"name": f"{SECRET} !"}}]}, 400, "tools.0.function.name"),
+    ({"tools": [TOOL, TOOL]}, 400, "tools"),
+    ({"tool_choice": "required"}, 400, "tool_choice"),
+    ({"tool_choice": SECRET, "tools": [TOOL]}, 400, "tool_choice.type"),
+    ({"tool_choice": {"type": "function"}, "tools": [TOOL]}, 400, "tool_choice.function"),
+    (
+        {"tool_choice": {"type": "function", "function": {"name": SECRET}}, "tools": [TOOL]},
+        400,
+        "tool_choice.function.name",
+    ),
+    ({"tool_choice": "required", "tools": [bad_tool({"type": SECRET})]}, 400, "tools"),
+    ({"response_format": {"type": SECRET}}, 400, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, 400, "response_format.json_schema"),
+    ({"response_format": {"type": "json_object", "json_schema": {"schema": {}}}}, 400, "response_format.json_schema"),
+    (schema({"type": SECRET}), 400, "response_format.json_schema.schema"),
+    (schema({"uniqueItems": True}), 400, "response_format.json_schema.schema"),
+    (schema({"type": "string", "pattern": f"({SECRET}"}), 400, "response_format.json_schema.schema"),
+    ({"typical_p": 0}, 400, "typical_p"),
+    ({"temperature_end": 3}, 400, "temperature_end"),
+    ({"temperature_end": 0.0, "temperature_path": "geometric"}, 400, "temperature_path"),
     ({"temprature": 1}, 400, "temprature"),
     ({SECRET: 1}, 400, None),
     ({SECRET * 1000: 1}, 400, None),
@@ -330,20 +358,23 @@ def test_other_sites_are_refused(client: Client) -> None:
 
 
 # Every route is either open or needs the key; a new one must be put here on purpose.
-OPEN = {"/", "/chat.js", "/chat.css", "/icon.svg", "/livez"}
+OPEN = {"/", "/chat.js", "/words.js", "/chat.css", "/icon.svg", "/livez"}
 CLOSED = {
     "/readyz",
+    "/metrics",
     "/openapi.json",
     "/v1/models",
     "/v1/models/{model_id:path}",
     "/v1/chat/completions",
     "/v1/completions",
+    "/v1/embeddings",
+    "/v1/responses",
 }
 
 
 def test_the_key_guards_every_route(client: Client) -> None:
     async def body() -> None:
-        async with client(config=ServeConfig(api_key=SECRET)) as http:
+        async with client(config=ServeConfig(api_keys=(SECRET,))) as http:
             routes = {route.path: route.methods for route in http.app.routes}
             assert set(routes) == OPEN | CLOSED
             good = {"Authorization": f"Bearer {SECRET}"}
