@@ -33,9 +33,7 @@ MAX_STOP = 4
 MAX_TOOLS = 128
 
 # Fields that clients send and that change nothing about the text of an answer.
-WITHOUT_EFFECT = frozenset(
-    "user metadata store service_tier safety_identifier prompt_cache_key".split()
-)
+WITHOUT_EFFECT = frozenset("user metadata store service_tier safety_identifier prompt_cache_key".split())
 TEMPLATES = frozenset(("chat_template", "chat_template_kwargs"))
 
 
@@ -100,7 +98,7 @@ class Message(Strict):
 
 
 class Function(Strict):
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -207,7 +205,9 @@ class CompletionRequest(_Request):
 
     prompt: Annotated[list[str] | list[int] | list[list[int]], BeforeValidator(listed)]
     echo: bool = False
-    best_of: int | None = Field(default=None, ge=1, le=MAX_ROWS, description="drawn for each prompt; the best n are given")
+    best_of: int | None = Field(
+        default=None, ge=1, le=MAX_ROWS, description="drawn for each prompt; the best n are given"
+    )
 
 
 def validate(kind: type[Strict], body: Mapping[str, Any]) -> Any:

@@ -117,7 +117,8 @@ class Service:
         n_top = request.top_logprobs if request.logprobs else None
         offered = tools.offered(request, self.tokenizer)
         grammar = tools.grammar_of(request, offered, self.tokenizer)
-        decoded = self._decoded(request, [self._conversation(request, offered)], asked, n_top, [""], "messages", grammar)
+        prompts = [self._conversation(request, offered)]
+        decoded = self._decoded(request, prompts, asked, n_top, [""], "messages", grammar)
         return replace(decoded, tools=frozenset(tool["function"]["name"] for tool in offered))
 
     def _completion(self, request: CompletionRequest, n_top: int | None = None) -> Decoded:

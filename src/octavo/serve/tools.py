@@ -1,7 +1,7 @@
 """Tools in a chat: conversations with calls in them, what an answer has to follow, and calls read out of an answer.
 
-A call is written as ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``: by our own chat template, and by those
-of the Qwen and Hermes families (with line ends inside, which are read too).
+A call is written as ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``: by our own chat template, and by
+those of the Qwen and Hermes families (with line ends inside, which are read too).
 """
 
 from __future__ import annotations
@@ -188,7 +188,8 @@ class Reading:
             said += self._cut(start)
             if not self._take():
                 return said, self.calls[known:]
-        ahead = next((n for n in range(len(OPEN) - 1, 0, -1) if OPEN.startswith(self._pending[-n:])), 0)
+        longest = min(len(OPEN) - 1, len(self._pending))
+        ahead = next((n for n in range(longest, 0, -1) if OPEN.startswith(self._pending[-n:])), 0)
         said += self._cut(len(self._pending) - ahead)
         return said, self.calls[known:]
 

@@ -17,8 +17,8 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from octavo.serve.metrics import OTHER, Meter, Metrics
 from octavo.errors import ConfigError
+from octavo.serve.metrics import OTHER, Meter, Metrics
 from octavo.serve.refusal import ApiError
 
 if TYPE_CHECKING:

@@ -64,6 +64,18 @@ def check(response: httpx.Response, status: int, param: str | None, code: str | 
     assert SECRET not in response.text
 
 
+CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+def bad_tool(parameters: dict) -> dict:
+    return {"type": "function", "function": {"name": "f", "parameters": parameters}}
+
+
+def schema(value: dict) -> dict:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": value}}}
+
+
 def user(content: object, **more: object) -> dict:
     return {"messages": [{"role": "user", "content": content, **more}]}
 
@@ -115,7 +127,7 @@ WRONG = [
     ({"messages": [{"role": "tool", "content": "x", "tool_call_id": SECRET}]}, 400, "messages.0.tool_call_id"),
     ({"messages": [{"role": "assistant", "tool_calls": [CALL | {"id": 5}]}]}, 400, "messages.0.tool_calls.0.id"),
     (
-        {"messages": [{"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": "[1]"}}]}]},
+        {"messages": [{"role": "assistant", "tool_calls": [CALL | {"function": {"name": "f", "arguments": "[1]"}}]}]},
         400,
         "messages.0.tool_calls.0.function.arguments",
     ),
@@ -181,7 +193,9 @@ COMPLETIONS = [
     ({"prompt": ["a"] * 9}, "prompt"),
     ({"prompt": "a", "n": 9}, "n"),
     ({"prompt": ["a"] * 5, "n": 2}, "n"),
-    ({"prompt": "a", "best_of": 2}, "best_of"),
+    ({"prompt": "a", "best_of": 2, "n": 3}, "best_of"),
+    ({"prompt": "a", "best_of": 2, "stream": True}, "best_of"),
+    ({"prompt": ["a", "b"], "best_of": 8}, "n"),
     ({"prompt": "a", "suffix": "b"}, "suffix"),
 ]
 
@@ -358,7 +372,7 @@ def test_other_sites_are_refused(client: Client) -> None:
 
 
 # Every route is either open or needs the key; a new one must be put here on purpose.
-OPEN = {"/", "/chat.js", "/words.js", "/chat.css", "/icon.svg", "/livez"}
+OPEN = {"/", "/chat.js", "/saved.js", "/talk.js", "/words.js", "/chat.css", "/icon.svg", "/livez"}
 CLOSED = {
     "/readyz",
     "/metrics",
