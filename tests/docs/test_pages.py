@@ -71,7 +71,7 @@ def test_the_kinds_listed_are_the_kinds_there_are():
         "train.optimizer": set(OPTIMIZERS),
         "train.schedule": set(SCHEDULES),
         "train.objective": set(OBJECTIVES),
-        "tune.data": {"python-stdlib", "chat", "pairs", "labelled"},
+        "tune.data": {"python-stdlib", "chat", "pairs", "labelled", "tagged"},
     }
     page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([\w.]+)` \| (`.*) \|$", page.partition("## A recipe of your own")[2], re.M)
