@@ -108,7 +108,7 @@ def _against_commonest(figures: Mapping[str, Any], said: str) -> Html:
     f1 = number(dig(figures, "macro_f1"))
     edges = [number(dig(figures, "macro_f1_interval_95", i)) for i in (0, 1)]
     of_f1 = f"{edges[0]:.3f} to {edges[1]:.3f}" if None not in edges else ""
-    rows = [
+    rows: list[tuple[object, ...]] = [
         (
             tag("strong", "this model"),
             "" if share is None else words.percent(share, 1),
@@ -133,12 +133,12 @@ def _span_row(name: str, figures: Any) -> tuple[object, ...]:
     )
 
 
-def _confusion(figures: Mapping[str, Any]) -> Html | None:
+def _confusion(figures: Mapping[str, Any]) -> Html:
     """Rows are what is given, columns what was said; the shade is the share of the row."""
     names, given = dig(figures, "classes"), dig(figures, "confusion")
     counts = _square(given, names)
     if not counts:
-        return None
+        return Html("")
     order = sorted(range(len(counts)), key=lambda i: (-sum(counts[i]), i))[:SHOWN_CLASSES]
     order = sorted(order)
     rows = []
