@@ -4,14 +4,19 @@ import json
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from typing import Any
 
 import httpx
 from scripted import Scripted
 
-from octavo.serve.app import create_app
+from octavo.models.decoder import Decoder, build
+from octavo.serve.app import create_app, serve_all
+from octavo.serve.embeddings import Vectors
 from octavo.serve.listen import bind, make_server
+from octavo.serve.metrics import Metrics
+from octavo.serve.service import Service
 from octavo.serve.settings import ServeConfig
 from octavo.tokenizer import CHATML, Byte, Tokenizer, train
 
@@ -40,6 +45,14 @@ async def connect(
     ):
         http.app, http.model = app, model  # type: ignore[attr-defined]
         yield http
+
+
+def small_decoder(vocab_size: int, causal: bool = True, max_seq_len: int = 64) -> Decoder:
+    """Untrained, with a state of blocks."""
+    block = {"mixer": {"kind": "attention", "n_heads": 2}, "channel": {"kind": "mlp"}}
+    config = {"d_model": 16, "n_layers": 2, "max_seq_len": max_seq_len, "vocab_size": vocab_size, "causal": causal,
+              "blocks": {"b": block}, "init": {"std": 0.4}}  # fmt: skip
+    return build(Decoder.Config.model_validate(config), seed=3).eval()
 
 
 def chat(**more: object) -> dict:
@@ -73,6 +86,12 @@ class Live:
         sock.sendall(request)
         return sock
 
+    def metric(self, line: str) -> float:
+        """The figure of /metrics whose line begins with ``line``; 0 where there is none."""
+        text = httpx.get(f"{self.url}/metrics").text
+        found = [float(own.rpartition(" ")[2]) for own in text.splitlines() if own.startswith(line)]
+        return sum(found)
+
     def settled(self) -> None:
         """Wait until nothing is open, then until the model has stopped."""
         until = time.monotonic() + 5
@@ -88,15 +107,29 @@ def live(
     send_buffer: int | None = None,
     settings: dict | None = None,
     name: str = "tiny",
+    others: Mapping[str, str] | None = None,
+    model: Any = None,
     **more: object,
 ) -> Iterator[Live]:
-    """A server on a socket of its own, in a thread; ``more`` are settings of Scripted."""
-    model = Scripted([*tokenizer.encode(reply), tokenizer.special.eos], tokenizer.vocab_size, **more)
+    """A server on a socket of its own, in a thread.
+
+    Args:
+        others: more models, by name, and what each says.
+        model: instead of a scripted one.
+        more: settings of Scripted.
+    """
+    model = model or Scripted([*tokenizer.encode(reply), tokenizer.special.eos], tokenizer.vocab_size, **more)
     config = ServeConfig(port=0, **(settings or {}))
     sock = bind(config)
     if send_buffer:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-    app = create_app(model, tokenizer, name, config)
+    metrics = Metrics()
+    vectors = Vectors(model, tokenizer) if hasattr(model, "config") else None
+    services = [Service(model, tokenizer, name, config, vectors=vectors, metrics=metrics)]
+    for other, says in (others or {}).items():
+        scripted = Scripted([*tokenizer.encode(says), tokenizer.special.eos], tokenizer.vocab_size)
+        services.append(Service(scripted, tokenizer, other, config, metrics=metrics))
+    app = serve_all(services, config, metrics)
     server = make_server(app, config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()

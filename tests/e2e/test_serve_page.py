@@ -87,6 +87,12 @@ def test_phone_dark_and_chinese(page: Page, tokenizer: Tokenizer) -> None:
         page.say("你好！什么是八开本？")
         page.wait(f"document.querySelector('.assistant') && {IDLE}")
         keep(page, "phone-dark")
+        page.js("document.getElementById('menu').click()")
+        page.wait("document.getElementById('chats').getBoundingClientRect().left === 0")
+        keep(page, "phone-conversations")
+        page.js("document.getElementById('shade').click()")
+        page.wait("getComputedStyle(document.getElementById('chats')).visibility === 'hidden'")
+        assert page.js("document.getElementById('shade').hidden")
         page.js("document.getElementById('toggle').click()")
         keep(page, "phone-settings")
         for width in (320, 390, 1280):
@@ -119,11 +125,10 @@ def test_settings_reach_the_model(page: Page, tokenizer: Tokenizer) -> None:
         page.open(server.url)
         page.js("document.getElementById('toggle').click()")
         page.js("document.getElementById('system').value = 'Be brief.'")
-        page.js("t = document.getElementById('temperature'); t.value = '0.2'; t.dispatchEvent(new Event('input'))")
+        page.js("t = document.getElementById('temperature'); t.value = '0.2'")
+        page.js("t.dispatchEvent(new Event('input', {bubbles: true}))")
         assert page.js("document.getElementById('temperature-value').textContent") == "0.2"
-        page.js(
-            "sent = []; real = fetch; fetch = (url, options) => { sent.push(options.body); return real(url, options) }"
-        )
+        watch_requests(page)
         page.say("Hi")
         page.wait(f"document.querySelector('.assistant') && {IDLE}")
         keep(page, "settings")
@@ -180,8 +185,106 @@ def test_hostile_text_is_shown_as_text(page: Page, tokenizer: Tokenizer, payload
     keep(page, "hostile")
 
 
+def press(page: Page, selector: str, at: int = 0) -> None:
+    page.js(f"document.querySelectorAll({json.dumps(selector)})[{at}].click()")
+
+
+def watch_requests(page: Page) -> None:
+    page.js("sent = []; real = fetch; fetch = (url, options) => { sent.push(options.body); return real(url, options) }")
+
+
+def test_conversations_are_kept_in_the_browser(page: Page, tokenizer: Tokenizer) -> None:
+    with live(tokenizer, ANSWER) as server:
+        page.show(1280, 800)
+        page.open(server.url)
+        for text in ("What does json do?", "And pickle?"):
+            press(page, "#new")
+            page.say(text)
+            page.wait(f"document.querySelector('.assistant') && {IDLE}")
+        page.open(server.url + "/?again")
+        assert texts(page, "open") == ["And pickle?", "What does json do?"] and texts(page, "turn") == []
+        press(page, ".open", 1)
+        assert texts(page, "user") == ["What does json do?"] and texts(page, "assistant") == [ANSWER]
+        keep(page, "conversations")
+        page.js("URL.createObjectURL = (blob) => { written = blob.text(); return 'blob:x' }")
+        page.js("HTMLAnchorElement.prototype.click = () => {}")
+        press(page, "#export")
+        exported = json.loads(page.js("written"))
+        assert [chat["messages"][0]["content"] for chat in exported] == ["And pickle?", "What does json do?"]
+        for text in ("Sure?", None):
+            press(page, "#list .current .small")
+            assert text is None or page.js("document.querySelector('#list .current .small').textContent") == text
+        assert texts(page, "open") == ["And pickle?"] and texts(page, "turn") == []
+        press(page, "#remove-all")
+        press(page, "#remove-all")
+        assert texts(page, "open") == [] and page.js("localStorage.getItem('octavo.chats')") is None
+
+
+def test_a_message_is_edited_and_an_answer_made_again(page: Page, tokenizer: Tokenizer) -> None:
+    with live(tokenizer, "as you say") as server:
+        page.show(1280, 800)
+        page.open(server.url)
+        watch_requests(page)
+        for n, text in enumerate(("one", "two"), start=1):
+            page.say(text)
+            page.wait(f"document.querySelectorAll('.assistant').length === {n} && {IDLE}")
+        press(page, ".assistant-tools button", 3)
+        page.wait(f"sent.length === 3 && {IDLE}")
+        press(page, ".user-tools button", 0)
+        page.js("document.querySelector('textarea.edit').value = 'three'")
+        press(page, ".user-tools button", 1)
+        page.wait(f"sent.length === 4 && document.querySelectorAll('.assistant').length === 1 && {IDLE}")
+        said = [[m["content"] for m in json.loads(body)["messages"]] for body in page.js("sent")]
+        assert said == [["one"], ["one", "as you say", "two"], ["one", "as you say", "two"], ["three"]]
+        assert texts(page, "user") == ["three"] and texts(page, "assistant") == ["as you say"]
+
+
+def test_probabilities_and_speed(page: Page, tokenizer: Tokenizer) -> None:
+    with live(tokenizer, ANSWER, delay_seconds=0.002) as server:
+        page.show(1280, 800)
+        page.open(server.url)
+        page.say("What does the json module do?")
+        page.wait(f"document.querySelector('.assistant') && {IDLE}")
+        assert "tokens/s" in texts(page, "speed")[0] and texts(page, "speed")[0].startswith(f"{len(ANSWER) + 1} tokens")
+        page.js("document.querySelectorAll('.t')[16].dispatchEvent(new PointerEvent('pointerover', {bubbles: true}))")
+        shown = texts(page, "share")
+        assert len(shown) == 5 and shown[0] == ANSWER[16].replace(" ", "␣") + "100 %"
+        keep(page, "probabilities")
+        page.js("document.getElementById('probabilities').click()")
+        watch_requests(page)
+        press(page, ".assistant-tools button", 1)
+        page.wait(f"sent.length === 1 && {IDLE}")
+        assert (
+            "logprobs" not in json.loads(page.js("sent[0]")) and page.js("document.querySelectorAll('.t').length") == 0
+        )
+
+
+def test_language_colours_and_model_are_chosen(page: Page, tokenizer: Tokenizer) -> None:
+    with live(tokenizer, "I am tiny", others={"second": "I am the second"}) as server:
+        page.show(1280, 800)
+        page.open(server.url)
+        page.js("document.getElementById('toggle').click()")
+        for name, value in (("language", "zh"), ("theme", "dark"), ("temperature", "0.2"), ("top_k", "7")):
+            page.js(f"e = document.getElementById('{name}'); e.value = '{value}'")
+            page.js("for (const kind of ['input', 'change']) e.dispatchEvent(new Event(kind, {bubbles: true}))")
+        assert page.js("document.getElementById('send').textContent") == "发送"
+        assert page.js("getComputedStyle(document.body).backgroundColor") == "rgb(25, 23, 21)"
+        keep(page, "desktop-dark-chinese")
+        page.open(server.url + "/?again")
+        assert page.js("document.documentElement.lang") == "zh-CN"
+        assert page.js("getComputedStyle(document.body).backgroundColor") == "rgb(25, 23, 21)"
+        assert page.js("document.getElementById('temperature-value').textContent") == "0.2"
+        page.js("m = document.getElementById('model'); m.value = 'second'; m.dispatchEvent(new Event('change'))")
+        watch_requests(page)
+        page.say("你是谁？")
+        page.wait(f"document.querySelector('.assistant') && {IDLE}")
+        assert texts(page, "assistant") == ["I am the second"] and json.loads(page.js("sent[0]"))["top_k"] == 7
+
+
 def test_the_page_never_makes_markup_from_text() -> None:
-    source = (Path(__file__).parents[2] / "src/octavo/serve/page/chat.js").read_text()
+    folder = Path(__file__).parents[2] / "src/octavo/serve/page"
+    source = "".join(path.read_text() for path in sorted(folder.glob("*.js")))
+    assert "textContent" in source
     for word in (
         "innerHTML",
         "outerHTML",

@@ -277,7 +277,7 @@ class Engine:
         self.n_drafted += len(work.draft)
         self.n_accepted += len(chosen) - 1
         for token, score in zip(chosen, token_scores(logits[: len(chosen)], chosen, request.n_top), strict=True):
-            yield request, self._push(row, token, score)
+            yield self._pushed(row, token, score)
             if id(sequence) not in self.rows:
                 return
         n_read = work.n + len(chosen) - 1
@@ -333,7 +333,15 @@ class Engine:
         scores = token_scores(given, chosen, request.n_top)
         for row, token, score in zip(rows, chosen, scores, strict=True):
             if id(row.sequence) in self.rows:
-                yield row.request, self._push(row, token, score)
+                yield self._pushed(row, token, score)
+
+    def _pushed(self, row: _Row, token: int, score: TokenScore | None) -> Event:
+        """A token joins its text; what goes wrong there is the fault of its own request alone."""
+        try:
+            return row.request, self._push(row, token, score)
+        except Exception as error:
+            self.cancel(row.request)
+            return row.request, Failure(error)
 
     def _push(self, row: _Row, token: int, score: TokenScore | None) -> Piece:
         sequence, request = row.sequence, row.request

@@ -31,6 +31,8 @@ from octavo.tokenizer import Tokenizer
 PAGE = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/chat.js": ("chat.js", "text/javascript; charset=utf-8"),
+    "/saved.js": ("saved.js", "text/javascript; charset=utf-8"),
+    "/talk.js": ("talk.js", "text/javascript; charset=utf-8"),
     "/words.js": ("words.js", "text/javascript; charset=utf-8"),
     "/chat.css": ("chat.css", "text/css; charset=utf-8"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,9 +14,11 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from serving import REPLY, chat
+from serving import REPLY, chat, small_decoder
 
 from octavo.errors import ConfigError
+from octavo.infer.engine import Engine
+from octavo.infer.text import CertainText
 from octavo.serve.listen import bind
 from octavo.serve.settings import ServeConfig
 from octavo.tokenizer import Tokenizer
@@ -57,6 +60,30 @@ def test_the_openai_client(live) -> None:
         assert long.value.code == "context_length_exceeded"
 
 
+def test_the_openai_client_embeds_and_responds(live, tokenizer: Tokenizer) -> None:
+    model = small_decoder(tokenizer.vocab_size)
+    with live(model=model) as server, openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        for given in ("a river", ["a river", "河"], [5, 6, 7], [[5, 6], [7]]):
+            for form in ("float", "base64", openai.NOT_GIVEN):  # not given: the client asks for base64 and decodes it
+                answer = client.embeddings.create(model="tiny", input=given, encoding_format=form)
+                n = 2 if isinstance(given[0], list) or (isinstance(given, list) and isinstance(given[0], str)) else 1
+                assert len(answer.data) == n and answer.usage.total_tokens > 0
+                if form != "base64":
+                    assert abs(sum(x * x for x in answer.data[0].embedding) - 1) < 1e-4
+    with live() as server, openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        ask = {"model": "tiny", "input": "hi", "temperature": 0}
+        whole = client.responses.create(**ask, instructions="Be brief.")
+        assert whole.output_text == REPLY and whole.status == "completed" and whole.usage.output_tokens > 0
+        with client.responses.stream(**ask) as stream:
+            deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+            assert "".join(deltas) == stream.get_final_response().output_text == REPLY
+        turns = [{"role": "user", "content": "hi"}, *whole.output, {"role": "user", "content": "more"}]
+        assert client.responses.create(model="tiny", input=turns).status == "completed"
+        with pytest.raises(openai.BadRequestError) as stored:
+            client.responses.create(**ask, previous_response_id=whole.id)
+        assert stored.value.param == "previous_response_id"
+
+
 def test_the_openai_client_with_a_key(live) -> None:
     with live(settings={"api_keys": ("other", "right")}) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)
@@ -75,6 +102,19 @@ def test_the_openai_client_tries_again_when_the_server_is_busy(live) -> None:
             answer = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hi"}])
         assert answer.choices[0].message.content == LONG[:40]
         busy.close()
+
+
+def test_the_openai_client_tries_again_when_the_model_does_not_work(live) -> None:
+    with live(fail_after=0) as server:
+        threading.Timer(0.3, lambda: setattr(server.model, "fail_after", None)).start()
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=8) as client:
+            ask = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+            assert client.chat.completions.create(**ask).choices[0].message.content == REPLY
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            server.gate.draining = True
+            with pytest.raises(openai.InternalServerError) as gone:
+                client.chat.completions.create(**ask)
+            assert gone.value.status_code == 503 and gone.value.response.headers["retry-after"] == "5"
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -156,6 +196,54 @@ def test_a_request_that_fails_takes_nothing_with_it(live) -> None:
         lines = [line for line in server.post(stream=True).text.split("\n\n") if line]
         assert lines[-1] == "data: [DONE]" and "error" in json.loads(lines[-2][6:])
         assert json.loads(lines[-3][6:])["choices"][0]["finish_reason"] == "error"
+
+
+def test_a_step_that_raises_ends_whoever_was_in_it_and_the_next_engine_serves(live, monkeypatch) -> None:
+    step, broken = Engine.step, threading.Event()
+
+    def fragile(engine: Engine) -> object:
+        if broken.is_set():
+            raise RuntimeError("the engine itself")
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", fragile)
+    with live() as server:
+        broken.set()
+        assert server.post().status_code == 500
+        broken.clear()
+        assert server.post().json()["choices"][0]["message"]["content"] == REPLY
+        assert server.metric("octavo_engines_total") == 2 and server.metric("octavo_failures_total") == 1
+
+
+def test_after_three_failures_it_tries_by_itself_and_is_ready_again(live, monkeypatch) -> None:
+    monkeypatch.setattr("octavo.serve.worker.RETRY_SECONDS", 0.05)
+    with live(fail_after=0) as server:
+        for _ in range(3):
+            assert server.post().status_code == 500
+        assert httpx.get(f"{server.url}/readyz").status_code == 503 and server.metric("octavo_ready") == 0
+        server.model.fail_after = None
+        until = time.monotonic() + 20
+        while httpx.get(f"{server.url}/readyz").status_code != 200:  # nobody asks anything meanwhile
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        assert server.metric("octavo_engines_total") >= 2 and server.post().status_code == 200
+
+
+def test_a_token_that_cannot_be_read_out_is_its_own_requests_fault(live, monkeypatch) -> None:
+    """The detokenizer fails on one of two that are decoded together: the other goes on."""
+    push = CertainText.push
+
+    def fragile(text: CertainText, token: int, is_end: bool) -> object:
+        if text.stops == ("poison",) and chr(token) == "j":
+            raise ValueError("no such token")
+        return push(text, token, is_end)
+
+    monkeypatch.setattr(CertainText, "push", fragile)
+    with live(LONG[:60], delay_seconds=0.005) as server, ThreadPoolExecutor(2) as pool:
+        good, bad = pool.submit(server.post), pool.submit(server.post, stop="poison")
+        assert bad.result().status_code == 500
+        assert good.result().json()["choices"][0]["message"]["content"] == LONG[:60]
+        assert server.metric("octavo_engines_total") == 1
 
 
 def test_slow_headers_are_cut_off(live) -> None:

@@ -1,0 +1,41 @@
+// What the page says, in both languages.
+export const WORDS = {
+  en: {
+    chats: "Conversations", settings: "Settings", newChat: "New chat", untitled: "New chat", model: "Model",
+    system: "System prompt", systemHint: "How the model should behave (optional)",
+    temperature: "Temperature", topP: "Top-p", topK: "Top-k (0: all)", repetition: "Repetition penalty",
+    maxTokens: "Longest answer, tokens", seed: "Seed", automatic: "automatic", random: "random",
+    probabilities: "Show probabilities of tokens under the pointer",
+    language: "Language", theme: "Colours", themeAuto: "As the system", themeLight: "Light", themeDark: "Dark",
+    key: "API key", exportAll: "Export all", removeAll: "Delete all", remove: "Delete", sure: "Sure?",
+    welcome: "Ask the model something.", placeholder: "Write a message",
+    send: "Send", stop: "Stop", note: "A small model makes things up. Conversations stay in this browser.",
+    edit: "Edit", copy: "Copy", copied: "Copied", again: "Again", cancel: "Cancel", ask: "Ask again",
+    stopped: "Stopped.", cut: "Cut off: the limit was reached.", offline: "The server does not answer.",
+    empty: "The model had nothing to say.", needKey: "This server asks for a key. Enter it in the settings.",
+    tooLong: "This conversation no longer fits into the model. Start a new chat.",
+    busy: "The server is busy. Try again in a moment.",
+    full: "The browser's storage is full: this conversation will not be kept.",
+    speed: (n, rate, first) => `${n} tokens · ${rate} tokens/s · first after ${first} s`,
+  },
+  zh: {
+    chats: "对话", settings: "设置", newChat: "新对话", untitled: "新对话", model: "模型",
+    system: "系统提示", systemHint: "希望模型如何表现（可不填）",
+    temperature: "温度", topP: "Top-p", topK: "Top-k（0 为全部）", repetition: "重复惩罚",
+    maxTokens: "回答的最大词元数", seed: "随机种子", automatic: "自动", random: "随机",
+    probabilities: "指针停在词元上时显示概率",
+    language: "语言", theme: "外观", themeAuto: "跟随系统", themeLight: "浅色", themeDark: "深色",
+    key: "API 密钥", exportAll: "全部导出", removeAll: "全部删除", remove: "删除", sure: "确定？",
+    welcome: "问模型一个问题吧。", placeholder: "写点什么",
+    send: "发送", stop: "停止", note: "小模型会出错。对话只保存在这个浏览器里。",
+    edit: "编辑", copy: "复制", copied: "已复制", again: "重新回答", cancel: "取消", ask: "重新提问",
+    stopped: "已停止。", cut: "已达到长度上限。", offline: "服务器没有回应。",
+    empty: "模型没有说话。", needKey: "服务器需要密钥，请在设置中输入。",
+    tooLong: "对话已超出模型的长度，请开始新对话。",
+    busy: "服务器正忙，请稍后再试。",
+    full: "浏览器的存储空间已满，这段对话不会被保存。",
+    speed: (n, rate, first) => `${n} 个词元 · 每秒 ${rate} 个 · 首个用时 ${first} 秒`,
+  },
+};
+
+export const preferred = () => ((navigator.language || "en").toLowerCase().startsWith("zh") ? "zh" : "en");
