@@ -418,4 +418,35 @@ BUGS = [
         "< self.probability) & valid & self.usual[tokens]", "< self.probability) & valid",
         ("tests/unit/data/test_masking.py::test_the_shares_are_those_asked_for",),
     ),
+    Bug(
+        "constraint: only the tokenizer's own way of cutting a text", "infer/constraints.py",
+        '"no_forcing": true', '"no_forcing": false',
+        ("tests/unit/infer/test_constraints.py::test_any_spelling_of_a_text_is_allowed",),
+    ),
+    Bug(
+        "constraint: the first token is taken for one inside a text", "infer/constraints.py",
+        "return all(token in self.special_ids for token in prompt[-PROMPT_TAIL:])", "return False",
+        ("tests/unit/infer/test_constraints.py::test_the_first_token_is_held_to_what_it_is_decoded_to",),
+    ),
+    Bug(
+        "annealing: all rows at the temperature of the first", "infer/sampling.py",
+        "at = [config.temperature_at(len(ids)) for ids in produced]",
+        "at = [config.temperature_at(len(produced[0])) for _ in produced]",
+        ("tests/unit/infer/test_sampling.py::test_the_temperature_follows_its_path[linear-wanted0]",),
+    ),
+    Bug(
+        "typical: the most probable tokens, not the most usual", "infer/sampling.py",
+        "distance = (-log_p - torch.special.entr(p).sum(-1, keepdim=True)).abs()", "distance = -log_p",
+        ("tests/unit/infer/test_sampling.py::test_typical_can_leave_out_the_most_probable_token",),
+    ),
+    Bug(
+        "tools: an end of a call that comes in two parts is missed", "serve/tools.py",
+        "self._tried = max(begin, len(self._pending) - len(CLOSE) + 1)", "self._tried = max(begin, len(self._pending))",
+        ("tests/unit/serve/test_serve_tools.py::test_a_call_whole_and_streamed",),
+    ),
+    Bug(
+        "best of: the worst are given", "serve/answers.py",
+        "key=lambda row: -means[row]", "key=lambda row: means[row]",
+        ("tests/unit/serve/test_serve_tools.py::test_the_best_of_several_completions",),
+    ),
 ]  # fmt: skip

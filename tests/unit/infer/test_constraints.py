@@ -3,11 +3,14 @@
 import json
 import random
 import re
+import sys
+from pathlib import Path
 
 import jsonschema
 import pytest
 import torch
 
+from octavo.cli.main import main
 from octavo.errors import ConfigError
 from octavo.infer import constraints
 from octavo.infer.constraints import GrammarError
@@ -245,6 +248,57 @@ def test_the_api(tokenizer: Tokenizer) -> None:
         lm.generate("x", regex="a", grammar='start: "a"')
     with pytest.raises(ConfigError, match="geometric path"):
         lm.generate("x", temperature_end=0.0, temperature_path="geometric")
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    path.mkdir()
+    LanguageModel(model_of(tokenizer, max_seq_len=256), tokenizer).save(path)
+    return path
+
+
+def test_the_verb(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    schema, grammar = tmp_path / "schema.json", tmp_path / "grammar.lark"
+    schema.write_text('{"enum": ["red", "green"]}')
+    grammar.write_text('start: "one" | "two"')
+    verb = ["generate", str(folder), "x", "--seed", "1"]
+    assert main([*verb, "--json-schema", str(schema)]) == 0
+    assert capsys.readouterr().out in ('x"red"\n', 'x"green"\n')
+    assert main([*verb, "--regex", "[ab]{3}", "--draft", "lookup"]) == 0
+    assert re.fullmatch("x[ab]{3}\n", capsys.readouterr().out)
+    assert main([*verb, "--grammar", str(grammar), "--best-of", "3", "--n", "2"]) == 0
+    assert re.fullmatch("--- 1\nx(one|two)\n--- 2\nx(one|two)\n", capsys.readouterr().out)
+    assert main([*verb, "--temperature-end", "0.1", "--temperature-path", "geometric", "--max-new-tokens", "3"]) == 0
+    assert main([*verb, "--best-of", "2", "--max-new-tokens", "3", "--typical-p", "0.5"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--regex", "("], "unclosed group"),
+        (["--json-schema", "nowhere.json"], "cannot be read"),
+        (["--json-schema", __file__], "is not JSON"),
+        (["--regex", "a", "--grammar", __file__], "cannot follow both"),
+        (["--regex", "a", "--beams", "2"], "follows no grammar"),
+        (["--best-of", "2", "--n", "3"], "--best-of 2"),
+        (["--temperature-end", "0", "--temperature-path", "geometric"], "geometric path"),
+        (["--temperature-path", "steep"], "--temperature-path"),
+    ],
+)
+def test_the_verb_refuses_in_one_line(
+    folder: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", str(folder), "x", *options]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+def test_without_llguidance_what_is_missing_is_said(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(ConfigError, match="needs llguidance") as refused:
+        constraints.regex(tokenizer, "a")
+    assert "octavo[structured]" in refused.value.fix
 
 
 def test_constrained_texts_do_not_depend_on_their_neighbours(tokenizer: Tokenizer) -> None:

@@ -5,10 +5,10 @@ import json
 
 import jsonschema
 import pytest
-from serving import Client, chat, events
+from serving import Client, chat, connect, events
 
 from octavo.serve.tools import Reading
-from octavo.tokenizer import Byte, Tokenizer, train
+from octavo.tokenizer import CHATML, Byte, Character, Tokenizer, train
 
 WEATHER = {
     "type": "function",
@@ -253,6 +253,22 @@ def test_a_template_without_tools_says_so(client: Client, tokenizer: Tokenizer) 
             finally:
                 tokenizer.chat_template = template
             assert response.status_code == 400 and response.json()["error"]["param"] == "tools"
+
+    run(body())
+
+
+def test_a_schema_that_leads_nowhere_is_the_requests_own_fault() -> None:
+    """A vocabulary without braces writes no JSON object: 400, and the server stays ready for others."""
+    made = train(Character(), ["abc \n"])
+    made.chat_template = CHATML
+
+    async def body() -> None:
+        async with connect(made, reply="ab") as http:
+            for _ in range(4):
+                response = await http.post("/v1/chat/completions", json=chat(response_format={"type": "json_object"}))
+                assert response.status_code == 400 and response.json()["error"]["code"] == "invalid_schema"
+            assert (await http.get("/readyz")).status_code == 200
+            assert (await http.post("/v1/chat/completions", json=chat())).status_code == 200
 
     run(body())
 
