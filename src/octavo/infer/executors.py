@@ -97,8 +97,9 @@ class PlainExecutor:
         if not self.has_hidden:
             return self.model(inputs, state=state, needs=("logits",)).logits[rows, -n:]
         hidden = self.model(inputs, state=state, needs=("hidden",)).hidden
-        for work, own in zip(group, hidden, strict=False) if self.observe is not None else ():
-            self.observe(work, own)
+        if self.observe is not None:
+            for work, own in zip(group, hidden, strict=False):
+                self.observe(work, own)
         return self.model.logits(hidden[rows, -n:]) if rows else hidden[:0]
 
 

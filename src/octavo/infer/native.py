@@ -129,8 +129,8 @@ class NativeModel:
     keeps the format of each weight (fp32, bf16, or the codes of a quantised projection); ``bf16``, ``int8`` and
     ``int4`` round what has none yet, the codes to nearest, with one scale for ``group`` inputs.
 
-    Steps run on a team of ``threads`` (default: torch's number at each step) that sleeps when it waits for long. torch's
-    own threads do not: they try for milliseconds after an operation that used them, on the cores the team needs. So
+    Steps run on a team of ``threads`` (default: torch's number at each step) that sleeps when it waits for long.
+    Torch's own threads do not: they try for milliseconds after an operation that used them, on the cores the team needs. So
     what chooses the tokens is best done on one thread: ``torch.set_num_threads(1)`` around the loop, and ``threads``
     here.
 

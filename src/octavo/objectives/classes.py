@@ -48,7 +48,8 @@ class ClassLoss(Objective):
             raise ValueError("ClassLoss needs the output `classes`")
         scores, labels = full_precision(outputs.classes), batch.extra["labels"]
         if self.config.problem == "single_label":
-            return F.cross_entropy(scores.flatten(0, -2), labels.flatten().clamp(min=-1), ignore_index=-1, reduction="sum")
+            known = labels.flatten().clamp(min=-1)
+            return F.cross_entropy(scores.flatten(0, -2), known, ignore_index=-1, reduction="sum")
         if self.config.problem == "multi_label":
             losses = F.binary_cross_entropy_with_logits(scores, labels.to(scores.dtype), reduction="none")
         else:

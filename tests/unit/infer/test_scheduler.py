@@ -1,4 +1,4 @@
-"""The scheduler without a model: whatever comes, leaves and runs short, every token is read once and nothing is lost."""
+"""The scheduler without a model: whatever comes, leaves and runs short, every token is read once, nothing is lost."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ SIZE, N_BLOCKS, SLOTS, LONGEST = 4, 12, 3, 40
 class Machine(RuleBasedStateMachine):
     """Plays the executor: it keeps, for every entry of every block, which token of which text was written there."""
 
-    @initialize(
-        chunk=st.sampled_from([4, 7, 8]), share=st.booleans(), deterministic=st.booleans(), grows=st.booleans()
-    )
+    @initialize(chunk=st.sampled_from([4, 7, 8]), share=st.booleans(), deterministic=st.booleans(), grows=st.booleans())
     def begin(self, chunk, share, deterministic, grows):
         self.blocks = Blocks(N_BLOCKS, SIZE) if grows else None
         self.scheduler = Scheduler(
