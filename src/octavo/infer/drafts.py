@@ -10,7 +10,7 @@ from torch import Tensor
 
 from octavo.errors import ConfigError
 from octavo.infer.executors import PlainExecutor
-from octavo.infer.memory import Pool
+from octavo.infer.memory import Pool, kind_of
 from octavo.infer.scheduler import Sequence as Text
 from octavo.infer.scheduler import Work
 from octavo.models.decoder import Decoder
@@ -55,10 +55,10 @@ class ModelDraft:
     def __init__(self, model: Any, n: int = 4, *, n_slots: int = 64):
         self.model, self.n = model, n
         limit = model.max_seq_len
-        weight = getattr(getattr(model, "embed", None), "weight", torch.empty(0))
+        dtype, device = kind_of(model)
         self.pool = Pool(
             model.state_specs(), n_blocks=n_slots, block_size=limit, n_slots=n_slots, max_tokens=limit,
-            dtype=weight.dtype, device=weight.device,
+            dtype=dtype, device=device,
         )  # fmt: skip
         self.executor = PlainExecutor(model, self.pool)
         self.known: dict[int, _Known] = {}

@@ -18,7 +18,7 @@ from octavo.errors import ConfigError, NumericError, ResourceError
 from octavo.infer.blocks import Blocks
 from octavo.infer.drafts import Drafter, ModuleDraft
 from octavo.infer.executors import Executor, PassFailed, PlainExecutor, fastest
-from octavo.infer.memory import Pool, bytes_of, free_bytes
+from octavo.infer.memory import Pool, bytes_of, free_bytes, kind_of
 from octavo.infer.request import Constraint, EngineConfig, Failure, Request, check_prompts
 from octavo.infer.sampling import choice_settings, choose, generator, judge
 from octavo.infer.scheduler import Plan, Scheduler, Work
@@ -80,7 +80,7 @@ class Engine:
         if drafter is not None and self.config.deterministic:
             raise ConfigError("a draft changes which tokens are read together", fix="use one of draft, deterministic")
         self.n_tokens = min(model.vocab_size, tokenizer.vocab_size)  # rows that pad the embedding are not text
-        config, specs, dtype, device = self.config, model.state_specs(), *_kind_of(model)
+        config, specs, dtype, device = self.config, model.state_specs(), *kind_of(model)
         limit = model.max_seq_len
         token_bytes, _ = bytes_of(specs, dtype, limit)
         size = min(config.block_size, limit)
@@ -380,9 +380,3 @@ def token_scores(logits: Tensor, chosen: Sequence[int], n_top: int | None) -> Se
         TokenScore(token, float(row[token]), tuple(zip(ids, values, strict=True)))
         for token, row, ids, values in zip(chosen, table, best.indices.tolist(), best.values.tolist(), strict=True)
     ]
-
-
-def _kind_of(model: Any) -> tuple[torch.dtype, torch.device]:
-    """Number format and device of the state."""
-    weight = getattr(getattr(model, "embed", None), "weight", None)
-    return (torch.float32, torch.device("cpu")) if weight is None else (weight.dtype, weight.device)

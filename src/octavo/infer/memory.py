@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,6 +126,16 @@ def bytes_of(specs: dict[str, StateSpec], dtype: torch.dtype, max_tokens: int, n
     fields = [field for spec in specs.values() for field in spec.values()]
     token = sum(prod(f.shape) * (f.dtype or dtype).itemsize for f in fields if f.kind == "token")
     return token, sum(f.n_bytes(max_tokens, dtype, n_memory) for f in fields if f.kind != "token")
+
+
+def kind_of(model: Any) -> tuple[torch.dtype, torch.device]:
+    """Number format and device of the state that a model makes for itself."""
+    state = model.new_state(1, 1)
+    for layer, spec in model.state_specs().items():
+        for name, field in spec.items():
+            if field.dtype is None and field.kind != "memory":
+                return state.layers[layer].buffers[name].dtype, state.lengths.device
+    return torch.float32, state.lengths.device
 
 
 def free_bytes(device: torch.device) -> int:
