@@ -222,7 +222,7 @@ def test_chat_and_server_read_what_was_found_and_a_store_that_changed(tmp_path, 
 
     def prompt():
         body = protocol.validate(protocol.ChatRequest, request(messages=[question]))
-        prepared.append(tokenizer.decode(service._conversation(body)))
+        prepared.append(tokenizer.decode(service._conversation(body, [])))
         return prepared[-1]
 
     assert "1307" in prompt()
