@@ -178,6 +178,9 @@ def test_a_reader_that_stalls_is_dropped(live) -> None:
         while server.gate.open_jobs or server.model.n_passes == 0:
             assert time.monotonic() < until, "the place was never given back"
             time.sleep(0.05)
+        assert server.metric("octavo_cancelled_total") == 1
+        while server.metric("octavo_slots_held"):
+            assert time.monotonic() < until, "the text is still decoded"
         assert server.post(max_tokens=2).status_code == 200
         sock.close()
 

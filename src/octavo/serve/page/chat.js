@@ -369,8 +369,10 @@ function listen() {
   for (const kind of ["pointerover", "click"]) {
     $("turns").addEventListener(kind, (event) => { event.target.tokens ? showProbe(event.target) : ($("probe").hidden = true); });
   }
-  $("turns").addEventListener("pointerleave", () => { $("probe").hidden = true; });
-  $("log").addEventListener("scroll", () => { $("probe").hidden = true; });
+  const hide = () => { $("probe").hidden = true; };
+  $("turns").addEventListener("pointerleave", hide);
+  $("log").addEventListener("scroll", hide);
+  addEventListener("resize", hide);
 }
 
 restoreSettings();
