@@ -13,7 +13,7 @@ from octavo.pipeline import Pipeline
 from octavo.plan import compiling_pays, refuse_counted
 from octavo.run import RunFolder
 from octavo.stop import StopSignal
-from octavo.training.machine import has_device, resolve, set_threads, tune_allocator
+from octavo.training.machine import has_device, resolve, restore_allocator, set_threads, tune_allocator
 from octavo.training.progress import Console
 
 
@@ -101,4 +101,6 @@ def run(
         except BaseException as error:
             folder.log_error(error)
             raise
+        finally:
+            restore_allocator()  # whoever called goes on with the same process
     return folder

@@ -1,6 +1,7 @@
 """What is decided once for a machine: threads, number format, compiler; a choice made stays made."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -127,10 +128,29 @@ def test_the_peak_is_a_rate_of_this_machine():
 
 
 def test_freed_memory_is_kept_only_where_that_can_be_said():
-    import platform
-    import subprocess
-
     # In a process of its own: it changes the allocator of the whole process.
     code = "from octavo.training.machine import tune_allocator; print(tune_allocator())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(platform.libc_ver()[0] == "glibc")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the process's memory is read from /proc")
+def test_memory_is_given_back_when_a_training_is_over():
+    code = """
+import ctypes, resource
+from octavo.training.machine import restore_allocator, tune_allocator
+def held(): return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+tune_allocator()
+before = held()
+block = libc.malloc(1 << 27)
+ctypes.memset(block, 1, 1 << 27)
+libc.free(block)
+kept = held() - before
+restore_allocator()
+print(kept > 1 << 26, held() - before < 1 << 26)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    tuned = platform.libc_ver()[0] == "glibc"
+    assert done.stdout.split()[1] == "True" and (done.stdout.split()[0] == "True") == tuned
