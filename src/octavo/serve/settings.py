@@ -18,9 +18,7 @@ class ServeConfig(Config):
     allow_hosts: tuple[str, ...] = ()
     max_requests: int = Field(default=128, ge=1, description="accepted and not yet answered; more must come back")
     max_sequences: int = Field(default=32, ge=1, description="texts decoded together by a model; others wait")
-    max_tokens: int | None = Field(
-        default=None, ge=1, description="tokens of state of a model; default: what fits"
-    )
+    max_tokens: int | None = Field(default=None, ge=1, description="tokens of state of a model; default: what fits")
     grace_seconds: float = Field(default=20.0, ge=0, description="how long streams may go on after SIGTERM")
     header_seconds: float = Field(default=10.0, gt=0)
     body_seconds: float = Field(default=30.0, gt=0)
