@@ -79,7 +79,10 @@ def test_the_kinds_listed_are_the_kinds_there_are():
     assert listed == there
 
 
-@pytest.mark.parametrize("name", ["quickstart", "pretrain", "sft", "shakespeare", "quickstart-zh", "ngram", "code"])
+@pytest.mark.parametrize(
+    "name",
+    ["quickstart", "pretrain", "sft", "shakespeare", "quickstart-zh", "ngram", "code", "translation", "table-to-text"],
+)
 def test_every_recipe_has_a_section(name):
     assert Recipe.load(name).name == name
     assert f"\n## {name}\n" in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
