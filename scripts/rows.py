@@ -120,6 +120,7 @@ ROWS: dict[str, str] = {
 BEGUN: dict[str, str] = {
     "I2": "Sampling: temperature, top-k, top-p, min-p, repetition",
     "P2": "Temperature as a change of the distribution",
+    "P3": "A text tempered as a whole is not a text tempered word by word; temperatures that move",
 }
 
 
