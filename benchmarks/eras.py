@@ -29,7 +29,7 @@ DRAWINGS = ("tokens", "flops", "seconds", "parameters", "state")
 # What is asked, the models, and how it differs from the first comparison; seconds are times those of the first.
 SMALL_STEPS = ("base.train.step_tokens=512",)
 FURTHER = (
-    ("Four times as many updates, a quarter as large", ("GPT-2", "Llama", "LSTM", "Mamba-2"), SMALL_STEPS, 1),
+    ("Updates of a quarter of the tokens", ("GPT-2", "Llama", "LSTM", "Mamba-2"), SMALL_STEPS, 1),
     ("Five times the time", ("Llama", "Mamba-2"), (), 5),
     ("Both", ("Llama",), SMALL_STEPS, 5),
 )
