@@ -47,7 +47,7 @@ def build(
     embed = Encoder(model) if model else None
     made = Store.create(store, _config(store, model), embed)
     made.add(read)
-    typer.echo(f"{store}: {len(made.passages):,} passages")
+    typer.echo(f"{store}: {_counted(len(made.passages))}")
     _tell_cut(embed, made.passages)
 
 
@@ -60,7 +60,7 @@ def add(store: Folder, texts: Texts, size: Size = 800) -> None:
     read = _passages(texts, size)
     opened = open_store(store)
     made = opened.add(read)
-    typer.echo(f"{store}: {len(made):,} passages more, {len(opened.passages):,} in all")
+    typer.echo(f"{store}: {_counted(len(made))} more, {len(opened.passages):,} in all")
     _tell_cut(opened.embed, made)
 
 
@@ -252,3 +252,7 @@ def _text_of(line: str, file: Path, number: int) -> str:
     except ValueError:
         pass
     raise DataError(f"{file}:{number} has no text", fix='a line is {"text": ...}')
+
+
+def _counted(n: int) -> str:
+    return f"{n:,} passage{'' if n == 1 else 's'}"
