@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
@@ -101,6 +102,7 @@ TestBlocks = Machine.TestCase
 TestBlocks.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
+@pytest.mark.rows("B7")
 def test_the_oldest_idle_text_is_given_up_from_its_end():
     blocks = Blocks(4, SIZE)
     first = blocks.take(2)
@@ -114,6 +116,7 @@ def test_the_oldest_idle_text_is_given_up_from_its_end():
     assert blocks.take(1) is None
 
 
+@pytest.mark.rows("B7")
 def test_the_same_text_filled_twice_is_kept_once():
     blocks = Blocks(4, SIZE)
     (a,), (b,) = blocks.take(1), blocks.take(1)

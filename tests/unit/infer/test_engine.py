@@ -64,6 +64,7 @@ def nothing_is_held(engine: Engine) -> bool:
     return not any(figures[name] for name in ("running", "waiting", "blocks_held", "slots_held"))
 
 
+@pytest.mark.rows("I7")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("max_tokens", [1000, 36], ids=["room", "pre-empted"])
 def test_everybody_gets_what_he_would_get_alone(kind, max_tokens, tokenizer):
@@ -92,6 +93,7 @@ def test_memory_runs_out_and_the_last_to_come_is_read_anew(tokenizer):
     assert engine.figures()["preempted"] > 0 and nothing_is_held(engine)
 
 
+@pytest.mark.rows("B7")
 def test_texts_that_begin_alike_are_read_once(tokenizer):
     model, config = model_of("attention"), SamplingConfig(max_new_tokens=5, temperature=0)
     prompt = list(range(30))
@@ -108,6 +110,7 @@ def test_texts_that_begin_alike_are_read_once(tokenizer):
     assert engine.figures()["tokens_shared"] == 20
 
 
+@pytest.mark.rows("B7")
 @pytest.mark.parametrize("kind", ["attention", "mamba2", "window"])
 def test_several_answers_to_one_prompt_are_forks(kind, tokenizer):
     model, config = model_of(kind), SamplingConfig(max_new_tokens=6, seed=10)
@@ -154,6 +157,7 @@ def test_the_deterministic_mode_is_bitwise(kind, tokenizer):
         assert n_preempted > 0
 
 
+@pytest.mark.rows("B7")
 @pytest.mark.parametrize("kind", KINDS)
 def test_paged_equals_contiguous_bit_for_bit(kind, tokenizer):
     """Blocks of 4 tokens anywhere, and one block for a whole text: the same sums."""

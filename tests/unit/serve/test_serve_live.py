@@ -38,6 +38,7 @@ def http(body: dict) -> bytes:
     return "\r\n".join([*head, "", ""]).encode() + content
 
 
+@pytest.mark.rows("I7")
 def test_the_openai_client(live) -> None:
     with live() as server, openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         assert [model.id for model in client.models.list()] == ["tiny"]

@@ -104,6 +104,7 @@ def test_whoever_leaves_is_counted_and_gives_everything_back(live, stream: bool)
         assert [server.metric(name) for name in held] == [0, 0, 0]
 
 
+@pytest.mark.rows("I7")
 def test_blocks_come_back_when_readers_leave(live, tokenizer) -> None:
     model = small_decoder(tokenizer.vocab_size, max_seq_len=4096)
     endless = chat(stream=True, logit_bias={str(token): -100.0 for token in tokenizer.stop_ids})
