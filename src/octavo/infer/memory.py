@@ -112,6 +112,11 @@ class Pool:
         return sum(t[: self.block_size].numel() * t.element_size() for t in self._tokens)
 
     @property
+    def slot_bytes(self) -> int:
+        """Of what one sequence keeps outside its blocks, memories without a length left out."""
+        return sum(own[name][0].numel() * own[name].element_size() for own, name, _ in self._apart)
+
+    @property
     def n_bytes(self) -> int:
         held = sum(t.numel() * t.element_size() for own in self.buffers.values() for t in own.values())
         return held + sum(t.numel() * t.element_size() for kept in self.memories.values() for t in kept.values())
@@ -163,8 +168,7 @@ class PagedState(State):
         widest = max(map(len, tables), default=0)
         self.tables = torch.tensor([[*t, *[0] * (widest - len(t))] for t in tables], device=device).long()
         self.tables = self.tables.view(len(tables), widest)
-        self.longest = max(lengths, default=0)  # an upper bound of lengths, known without asking the device
-        self.used = self.longest
+        self.used = max(lengths, default=0)  # the longest, known without asking the device
         self.entries = self.written = torch.empty(0, dtype=torch.long, device=device)
         self.layers = {name: _PagedLayer(self, name) for name in pool.specs}
 
@@ -173,9 +177,9 @@ class PagedState(State):
             raise UnsupportedError("a sequence of the engine is one document", fix="give each document a sequence")
         ctx, self.lengths, self.last_doc, _ = place(inputs, self.lengths, self.last_doc, torch.zeros_like(self.lengths))
         size, tables = self.pool.block_size, self.tables
-        self.longest = self.used = self.longest + inputs.tokens.shape[1]
+        self.used += inputs.tokens.shape[1]
         if inputs.valid is not None:
-            self.longest = self.used = int(self.lengths.max())
+            self.used = int(self.lengths.max())
         if tables.shape[1]:
             blocks = tables.gather(1, (ctx.slots.clamp(min=0) // size).clamp(max=tables.shape[1] - 1))
             self.written = torch.where(ctx.valid, blocks * size + ctx.slots % size, 0)
@@ -190,10 +194,10 @@ class PagedState(State):
 
     def snapshot(self) -> object:
         kept = [self.pool.save(slot) for slot in self.slots.tolist()]
-        return self.lengths.clone(), self.last_doc.clone(), self.longest, kept
+        return self.lengths.clone(), self.last_doc.clone(), self.used, kept
 
     def restore(self, snapshot: object) -> None:
-        self.lengths, self.last_doc, self.longest, kept = snapshot  # type: ignore[misc]
+        self.lengths, self.last_doc, self.used, kept = snapshot  # type: ignore[misc]
         for slot, saved in zip(self.slots.tolist(), kept, strict=True):
             self.pool.load(slot, saved)
 
@@ -202,7 +206,7 @@ class PagedState(State):
             return False
         self.lengths = torch.minimum(self.lengths, lengths)
         self.last_doc = torch.where(self.lengths > 0, 0, -1)
-        self.longest = int(self.lengths.max())
+        self.used = int(self.lengths.max())
         return True
 
     @property
@@ -211,8 +215,7 @@ class PagedState(State):
 
     @property
     def payload_bytes(self) -> int:
-        token, apart = bytes_of(self.pool.specs, torch.float32, self.longest)
-        return token * self.tables.numel() * self.pool.block_size + apart * len(self.slots)
+        return self.pool.block_bytes * self.tables.numel() + self.pool.slot_bytes * len(self.slots)
 
 
 class _PagedLayer(LayerState):

@@ -17,8 +17,8 @@ class Sequence:
     tokens: the prompt's and those produced. length: tokens held. rank: who goes first, the smallest. whole: read anew
     for every token, without a state. alone: it was part of a pass that failed, and gets the next to itself. within:
     texts share blocks only with texts of the same. leader: the text that reads the same prompt, and that this one goes
-    on from when its own first token is known. shared: tokens that were found
-    read. draft: what may come next, to be read and judged in the same pass. owner: whoever asked for it.
+    on from when its own first token is known. draft: what may come next, to be read and judged in the same pass. owner:
+    whoever asked for it.
     """
 
     tokens: list[int]
@@ -31,7 +31,6 @@ class Sequence:
     whole: bool = False
     alone: bool = False
     leader: Sequence | None = None
-    shared: int = 0
     draft: list[int] = field(default_factory=list)
     owner: Any = None
 
@@ -227,7 +226,6 @@ class Scheduler:
                 self.blocks.release(found)
                 return False
             sequence.table, sequence.length = found, len(found) * self.blocks.block_size
-            sequence.shared = sequence.length
             self.n_shared += sequence.length
         sequence.slot = self.slots.pop()
         self.waiting.remove(sequence)

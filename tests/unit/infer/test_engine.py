@@ -300,3 +300,15 @@ def test_a_constraint_is_followed_and_ends_the_text(tokenizer):
     for row in range(2):
         mine = [p for r, p in pieces if r is bound and p.row == row]
         assert [p.id for p in mine] == [40, 41, 42, 43] and mine[-1].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("kind", ["attention", "mamba2", "window"])
+def test_bytes_are_counted(kind):
+    """A view's bytes are those of its blocks and slots, in the model's own number format."""
+    model = model_of(kind).bfloat16()
+    pool = Engine(model, train(Byte(), []), EngineConfig(max_sequences=3, max_tokens=96, block_size=8)).pool
+    tables = [[1, 2], [3, 4]] if pool.block_bytes else [[], []]
+    held = pool.view(tables, [0, 2], [9, 3]).n_bytes
+    assert held == 4 * pool.block_bytes * bool(pool.block_bytes) + 2 * pool.slot_bytes > 0
+    n_blocks = 1 + 96 // 8 if pool.block_bytes else 0
+    assert pool.n_bytes == n_blocks * pool.block_bytes + 3 * pool.slot_bytes
