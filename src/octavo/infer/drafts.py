@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -27,22 +29,36 @@ class Drafter(Protocol):
 class PromptLookup:
     """What followed the last time the text said its last ``longest`` to ``shortest`` tokens. Source: Saxena 2023.
 
-    Costs nothing but the search, and pays where an answer repeats its prompt: code, summaries, quotations.
+    Costs a few look-ups, however long the text is, and pays where an answer repeats its prompt: code, summaries,
+    quotations.
     """
 
     def __init__(self, n: int = 8, longest: int = 3, shortest: int = 1):
         self.n, self.longest, self.shortest = n, longest, shortest
+        self.places: WeakKeyDictionary[Text, _Places] = WeakKeyDictionary()
 
     def propose(self, texts: Sequence[tuple[Text, int]]) -> list[list[int]]:
-        return [self._continued(text.tokens)[:room] for text, room in texts]
+        return [self._continued(text)[:room] for text, room in texts]
 
-    def _continued(self, tokens: list[int]) -> list[int]:
-        for length in range(min(self.longest, len(tokens) - 1), self.shortest - 1, -1):
-            end = tokens[-length:]
-            for start in range(len(tokens) - length - 1, -1, -1):
-                if tokens[start : start + length] == end:
-                    return tokens[start + length : start + length + self.n]
-        return []
+    def _continued(self, text: Text) -> list[int]:
+        tokens, places = text.tokens, self.places.setdefault(text, _Places())
+        lengths = range(self.longest, self.shortest - 1, -1)
+        for end in range(places.known + 1, len(tokens)):  # what ends with the last token has not gone on
+            for length in lengths:
+                if length <= end:
+                    places.last[tuple(tokens[end - length : end])] = end
+        places.known = max(len(tokens) - 1, 0)
+        found = (places.last.get(tuple(tokens[-length:])) for length in lengths)
+        at = next((end for end in found if end is not None), None)
+        return [] if at is None else tokens[at : at + self.n]
+
+
+@dataclass
+class _Places:
+    """Where each few tokens of a text were said last, by their end; looked at up to the end ``known``."""
+
+    last: dict[tuple[int, ...], int] = field(default_factory=dict)
+    known: int = 0
 
 
 class ModelDraft:

@@ -20,6 +20,7 @@ from octavo.infer.drafts import Drafter, ModuleDraft
 from octavo.infer.executors import Executor, PassFailed, PlainExecutor, fastest
 from octavo.infer.memory import Pool, bytes_of, free_bytes, kind_of
 from octavo.infer.request import Constraint, EngineConfig, Failure, Request, check_prompts
+from octavo.infer.said import Said
 from octavo.infer.sampling import choice_settings, choose, generator, judge
 from octavo.infer.scheduler import Plan, Scheduler, Work
 from octavo.infer.scheduler import Sequence as Text
@@ -50,9 +51,9 @@ class _Row:
     constraint: Constraint | None
     followers: list[_Row] = field(default_factory=list)
 
-    @property
-    def produced(self) -> list[int]:
-        return self.sequence.tokens[self.sequence.n_prompt :]
+    def __post_init__(self) -> None:
+        tokens, n_prompt = self.sequence.tokens, self.sequence.n_prompt
+        self.prompt, self.produced = Said(tokens, 0, n_prompt), Said(tokens, n_prompt)
 
 
 class Engine:
@@ -267,9 +268,8 @@ class Engine:
         if id(sequence) not in self.rows:
             return
         logits, request = logits[:, : self.n_tokens].float(), row.request
-        prompt = sequence.tokens[: sequence.n_prompt]
         try:
-            chosen = judge(logits, work.draft, request.config, prompt, row.produced, row.stream)
+            chosen = judge(logits, work.draft, request.config, row.prompt, row.produced, row.stream)
         except NumericError as error:
             self.cancel(request)
             yield request, Failure(error)
@@ -313,7 +313,6 @@ class Engine:
     def _choose(self, rows: list[_Row], logits: Tensor) -> Iterable[Event]:
         logits = logits[:, : self.n_tokens].float()
         request = rows[0].request
-        prompts = [row.sequence.tokens[: row.sequence.n_prompt] for row in rows]
         given = logits
         try:
             if any(row.constraint for row in rows):
@@ -321,7 +320,8 @@ class Engine:
                 for row, own in zip(rows, logits, strict=True):
                     if row.constraint is not None:
                         row.constraint.mask(own)
-            chosen = choose(logits, request.config, prompts, [r.produced for r in rows], [r.stream for r in rows])
+            prompts, produced = [row.prompt for row in rows], [row.produced for row in rows]
+            chosen = choose(logits, request.config, prompts, produced, [row.stream for row in rows])
         except (ConfigError, NumericError) as error:
             if len(rows) > 1:  # one of them: each for itself
                 for row, own in zip(rows, given.unsqueeze(1), strict=True):

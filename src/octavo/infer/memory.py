@@ -164,7 +164,7 @@ class PagedState(State):
         device = pool.device
         self.lengths = torch.tensor(lengths, device=device)
         self.last_doc = torch.where(self.lengths > 0, 0, -1)
-        self.slots = torch.tensor(slots, device=device)
+        self.slots, self.places = torch.tensor(slots, device=device), slots
         widest = max(map(len, tables), default=0)
         self.tables = torch.tensor([[*t, *[0] * (widest - len(t))] for t in tables], device=device).long()
         self.tables = self.tables.view(len(tables), widest)
@@ -236,7 +236,7 @@ class _PagedLayer(LayerState):
 
     def read(self, name: str) -> Tensor:
         if (kept := self.owner.pool.memories.get((self.name, name))) is None:
-            return self.buffers[name][self.owner.slots]
+            return self.buffers[name].index_select(0, self.owner.slots)
         slots = self.owner.slots.tolist()
         field, known = self.spec[name], next(iter(kept.values()), None)
         longest = max((len(kept[slot]) for slot in slots if slot in kept), default=0)
@@ -251,7 +251,10 @@ class _PagedLayer(LayerState):
         for name, value in new.items():
             kept = self.owner.pool.memories.get((self.name, name))
             if kept is None:
-                self.buffers[name][self.owner.slots] = value.to(self.buffers[name].dtype)
+                if len(self.owner.places) == 1:  # a plain copy, where an index would go number by number
+                    self.buffers[name][self.owner.places[0]] = value[0]
+                else:
+                    self.buffers[name][self.owner.slots] = value.to(self.buffers[name].dtype)
                 continue
             for slot, row in zip(self.owner.slots.tolist(), value.detach(), strict=True):
                 kept[slot] = row.to(self.spec[name].dtype or row.dtype).clone()

@@ -7,13 +7,13 @@ is the one of transformers' ``generate``: penalties, bias, temperature, top-k, t
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
 from octavo.errors import NumericError
+from octavo.infer.said import counts, distinct, further
 from octavo.schema import Config
 
 if TYPE_CHECKING:
@@ -139,8 +139,8 @@ def keep_typical(logits: Tensor, mass: float) -> Tensor:
     return logits.masked_fill(distance > ascending.gather(-1, last), -math.inf)
 
 
-def penalise_repetition(logits: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> Tensor:
-    """Divide positive and multiply negative logits of the ids ``seen`` in each row (prompt included).
+def penalise_repetition(logits: Tensor, seen: Sequence[Sequence[int] | Tensor], penalty: float) -> Tensor:
+    """Divide positive and multiply negative logits of the ids ``seen`` in each row (prompt included), once each.
 
     Source: Keskar et al. 2019 (CTRL), section 4.1, in transformers' form that always repels.
     """
@@ -160,8 +160,8 @@ def penalise_produced(logits: Tensor, produced: Sequence[Sequence[int]], presenc
         return logits
     logits = logits.clone()
     for row, ids in zip(logits, produced, strict=True):
-        for token, count in Counter(ids).items():
-            row[token] -= presence + frequency * count
+        if said := counts(ids):
+            row[_index(row, list(said))] -= row.new_tensor([presence + frequency * n for n in said.values()])
     return logits
 
 
@@ -179,7 +179,7 @@ def with_penalties(
 ) -> Tensor:
     """What comes before the temperature: penalties and bias."""
     if config.repetition_penalty != 1:
-        seen = [[*prompt, *ids] for prompt, ids in zip(prompts, produced, strict=True)]
+        seen = [_together(distinct(prompt), distinct(ids)) for prompt, ids in zip(prompts, produced, strict=True)]
         logits = penalise_repetition(logits, seen, config.repetition_penalty)
     logits = penalise_produced(logits, produced, config.presence_penalty, config.frequency_penalty)
     return add_bias(logits, config.logit_bias)
@@ -274,7 +274,7 @@ def judge(
     """
     import torch
 
-    said = [[*produced, *draft[:i]] for i in range(len(draft) + 1)]
+    said = [further(produced, draft[:i]) for i in range(len(draft) + 1)]
     prompts = [prompt] * len(said)
     if config.greedy:
         best = choose(logits, config, prompts, said, [stream] * len(said))
@@ -307,8 +307,14 @@ def _nothing(row: int) -> NumericError:
     )
 
 
-def _index(row: Tensor, ids: Sequence[int]) -> Tensor:
-    """The distinct ids as an index into ``row``."""
+def _together(a: Tensor, b: Tensor) -> Tensor:
     import torch
 
-    return torch.tensor(sorted(set(ids)), dtype=torch.long, device=row.device)
+    return torch.cat([a, b])
+
+
+def _index(row: Tensor, ids: Sequence[int] | Tensor) -> Tensor:
+    """The ids as an index into ``row``; one that is there twice does no harm, as it is read before it is written."""
+    import torch
+
+    return (ids if isinstance(ids, torch.Tensor) else distinct(ids)).to(row.device)

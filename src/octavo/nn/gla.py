@@ -12,7 +12,7 @@ from octavo.nn.contracts import Aux, Capabilities, Context, Dims, Heads, Mixer, 
 from octavo.nn.norm import RMSNorm
 from octavo.nn.projection import Projection
 from octavo.nn.state import LayerState, StateSpec, recurrence_field
-from octavo.nn.vector_decay import ChunkLength, chunked, recurrent
+from octavo.nn.vector_decay import ChunkLength, chunked, recurrent, step
 from octavo.schema import Config
 
 
@@ -73,8 +73,10 @@ class Gla(Mixer):
             k, g = k.masked_fill(padding, 0.0), g.masked_fill(padding, 0.0)
         before = None if state is None else state.read("h")
         inputs = (q * self.K**-0.5, k, v, g, ctx.starts if ctx.restarts else None, before)
-        if config.backend == "plain" or (config.backend == "auto" and T == 1):
+        if config.backend == "plain":
             y, h = recurrent(*inputs)
+        elif config.backend == "auto" and T == 1:
+            y, h = step(*inputs)
         else:
             y, h = chunked(*inputs, chunk=config.chunk)
         if state is not None:

@@ -112,10 +112,10 @@ class Mamba2(Mixer):
         B, T, _ = x.shape
         H, G, N = self.n_heads, self.config.n_groups, self.config.d_state
         z, mixed, dt = self.up(x).split([self.inner, self.convolved, H], -1)
-        if state is None and self.config.backend != "plain":
+        recent = None if state is None else state.read("conv")
+        if recent is None and self.config.backend != "plain":
             convolved = convolve_silu(mixed, self.conv_weight, self.conv_bias, ctx)
         else:
-            recent = None if state is None else state.read("conv")
             convolved = F.silu(causal_convolution(mixed, self.conv_weight, self.conv_bias, ctx, recent))
         v, k, q = convolved.split([self.inner, self.shared, self.shared], -1)
         v, k, q = v.reshape(B, T, H, -1), k.reshape(B, T, G, N), q.reshape(B, T, G, N)
@@ -126,8 +126,8 @@ class Mamba2(Mixer):
             q, k, full_precision(v) * dt[..., None], -full_precision(self.log_a).exp() * dt, ctx,
             None if state is None else state.read("h"), form=self.config.backend, chunk=self.config.chunk,
         )  # fmt: skip
-        if state is not None:
-            state.write(conv=tail(mixed, state.read("conv"), ctx), h=h)
+        if state is not None and recent is not None:
+            state.write(conv=tail(mixed, recent, ctx), h=h)
         y = torch.addcmul(y, full_precision(v), full_precision(self.skip)[:, None])
         return self.o(self._gated(y.flatten(2), z)), {}
 

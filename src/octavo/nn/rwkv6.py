@@ -14,7 +14,7 @@ from octavo.nn.projection import Projection
 from octavo.nn.rwkv_channel import shift_ramp
 from octavo.nn.shift import shift, tail
 from octavo.nn.state import LayerState, StateField, StateSpec, recurrence_field
-from octavo.nn.vector_decay import ChunkLength, chunked, recurrent
+from octavo.nn.vector_decay import ChunkLength, chunked, recurrent, step
 from octavo.schema import Config
 
 
@@ -96,8 +96,10 @@ class Rwkv6(Mixer):
             padding = ~ctx.valid[:, :, None, None]
             k, g = k.masked_fill(padding, 0.0), g.masked_fill(padding, 0.0)
         inputs = (r, k, v, g, ctx.starts if ctx.restarts else None, before, full_precision(self.bonus))
-        if self.config.backend == "plain" or (self.config.backend == "auto" and T == 1):
+        if self.config.backend == "plain":
             y, h = recurrent(*inputs)
+        elif self.config.backend == "auto" and T == 1:
+            y, h = step(*inputs)
         else:
             y, h = chunked(*inputs, chunk=self.config.chunk)
         if state is not None:

@@ -28,6 +28,9 @@ def tail(x: Tensor, before: Tensor, ctx: Context) -> Tensor:
     Entries of documents other than the last become zero. Returns (B, W, ...).
     """
     width = before.shape[1]
+    if x.shape[1] == 1:
+        joined, axes = _with_one(x, before, ctx), [1] * (x.dim() - 2)
+        return torch.where(ctx.valid.view(-1, 1, *axes), joined[:, 1:], joined[:, :-1])
     joined = torch.cat([before.to(x.dtype), x], 1)
     at = n_valid(ctx)[:, None] + torch.arange(width, device=x.device)
     kept = joined[torch.arange(len(x), device=x.device)[:, None], at]
@@ -55,6 +58,9 @@ def causal_convolution(
     if before is None and not ctx.restarts:
         y = F.conv1d(x.transpose(1, 2), weight[:, None], bias, padding=width - 1, groups=C)
         return y[..., :T].transpose(1, 2)
+    if before is not None and T == 1:
+        y = (_with_one(x, before, ctx) * weight.T).sum(1, keepdim=True)
+        return y if bias is None else y + bias
     padded = F.pad(x, (0, 0, width - 1, 0)) if before is None else torch.cat([before.to(x.dtype), x], 1)
     segment = F.pad(segments(ctx), (width - 1, 0))
     y = x * weight[:, -1]
@@ -63,6 +69,12 @@ def causal_convolution(
         same = segment[:, begin : begin + T] == segment[:, width - 1 :]
         y = y + padded[:, begin : begin + T] * same[..., None].to(x.dtype) * weight[:, begin]
     return y if bias is None else y + bias
+
+
+def _with_one(x: Tensor, before: Tensor, ctx: Context) -> Tensor:
+    """``before`` (B, W, ...), nothing where a document begins, and one token after it: few and small operations."""
+    begins = ctx.starts.view(-1, *[1] * (x.dim() - 1))
+    return torch.cat([before.to(x.dtype).masked_fill(begins, 0), x], 1)
 
 
 def shift(x: Tensor, ctx: Context, before: Tensor | None = None) -> Tensor:

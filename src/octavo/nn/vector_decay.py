@@ -49,6 +49,25 @@ def recurrent(
     return torch.stack(seen, 1), h
 
 
+def step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, starts: Tensor | None = None, before: Tensor | None = None,
+    bonus: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One token, T = 1, in as few passes over h as there can be."""
+    if before is None:
+        return recurrent(q, k, v, g, starts, before, bonus)
+    q, k, v, g = (full_precision(x[:, 0]) for x in (q, k, v, g))
+    h, decay = before.to(v.dtype), g.exp()
+    old = None if starts is None else (~starts)[..., None].to(v.dtype)  # 0 where a document begins
+    decay = decay if old is None else decay * old
+    after = (h * decay[..., None]).addcmul_(k[..., None], v[..., None, :])
+    if bonus is None:
+        return (q[..., None, :] @ after).transpose(1, 2), after
+    read = (q if old is None else q * old)[..., None, :] @ h
+    at_once = (q * bonus * k).sum(-1, keepdim=True) * v
+    return (read[..., 0, :] + at_once)[:, None], after
+
+
 def chunked(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, starts: Tensor | None = None, before: Tensor | None = None,
     bonus: Tensor | None = None, *, chunk: int = 64,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import random
 
 import numpy as np
 import pytest
@@ -128,6 +129,51 @@ def test_lookup_takes_the_last_time_it_was_said():
     assert PromptLookup(n=3).propose([(text, 9)]) == [[4, 5, 6]]
     assert PromptLookup(n=3).propose([(text, 2)]) == [[4, 5]]
     assert PromptLookup().propose([(Sequence([1, 2], 2, (0, 0)), 9)]) == [[]]
+
+
+def searched(tokens: list[int], n: int, longest: int, shortest: int) -> list[int]:
+    """What lookup means: the whole text gone through backwards for its own end, the longest end first."""
+    for length in range(min(longest, len(tokens) - 1), shortest - 1, -1):
+        for start in range(len(tokens) - length - 1, -1, -1):
+            if tokens[start : start + length] == tokens[-length:]:
+                return tokens[start + length : start + length + n]
+    return []
+
+
+@pytest.mark.parametrize(("n", "longest", "shortest"), [(8, 3, 1), (2, 4, 2), (5, 1, 1)])
+def test_lookup_by_an_index_is_the_search(n, longest, shortest):
+    """Several texts side by side that grow by one or more tokens; few kinds of tokens, so that ends come again."""
+    draw = random.Random(0)
+    lookup, found = PromptLookup(n, longest, shortest), 0
+    texts = [Sequence([draw.randrange(kinds)], 1, (0, 0)) for kinds in (2, 3, 5, 20)]
+    for _ in range(150):
+        for text, kinds in zip(texts, (2, 3, 5, 20), strict=True):
+            text.tokens += [draw.randrange(kinds) for _ in range(draw.choice([0, 1, 1, 4]))]
+        drafts = lookup.propose([(text, 6) for text in texts])
+        wanted = [searched(text.tokens, n, longest, shortest)[:6] for text in texts]
+        assert drafts == wanted
+        found += sum(map(bool, wanted))
+    assert found > 200
+    del texts, text
+    assert not lookup.places  # what has ended is forgotten
+
+
+def test_lookup_looks_at_a_text_once():
+    class Counting(list[int]):
+        read = 0
+
+        def __getitem__(self, at):
+            got = super().__getitem__(at)
+            Counting.read += len(got) if isinstance(at, slice) else 1
+            return got
+
+    text, lookup = Sequence(Counting(range(5000)), 5000, (0, 0)), PromptLookup()
+    lookup.propose([(text, 8)])
+    Counting.read = 0
+    for token in range(100):
+        text.tokens.append(token)
+        lookup.propose([(text, 8)])
+    assert 0 < Counting.read < 100 * 30
 
 
 def test_bits_and_drafts_exclude_each_other(tokenizer):

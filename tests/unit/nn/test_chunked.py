@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from octavo.nn import chunked as module
 from octavo.nn import fixed_decay as walk
-from octavo.nn.chunked import chunked, parallel, recurrent
+from octavo.nn.chunked import chunked, parallel, recurrent, step
 
 
 def example(T, groups=2, heads=4, decay="token", borders=True, state=True, dtype=torch.float64) -> tuple[Any, ...]:
@@ -48,6 +48,16 @@ def test_three_forms_are_equal_with_every_gradient(decay, T, chunk, span, monkey
         for form in (parallel, lambda *args: chunked(*args, chunk=chunk)):
             for got, want in zip(gradients(form, *case), wanted, strict=True):
                 torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("decay", ["token", "shared by rows", "fixed", "none"])
+def test_one_token_is_the_recurrence_of_one(decay):
+    starts = torch.tensor([[False], [True]])
+    for groups, state in itertools.product((1, 2, 4), (True, False)):
+        q, k, v, log_decay, _, before = example(1, groups, 4, decay, state=state)
+        wanted = recurrent(q, k, v, log_decay, starts.long(), before)
+        for got, want in zip(step(q, k, v, log_decay, starts, before), wanted, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
 def test_numbers_by_hand():

@@ -32,7 +32,7 @@ def by_hand(x, weight, bias):
 
 
 @pytest.mark.parametrize("width", [1, 2, 4])
-@pytest.mark.parametrize("cuts", [[], [1, 2, 3], [5], [4, 6]])
+@pytest.mark.parametrize("cuts", [[], [1, 2, 3], [5], [4, 6], list(range(1, T))])
 def test_convolution(width, cuts):
     x, weight, bias = (torch.randn(*shape, dtype=torch.float64) for shape in ((B, T, C), (C, width), (C,)))
     before, parts = torch.zeros(B, width - 1, C, dtype=torch.float64), []
