@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 Draft = Annotated[
     str | None,
-    typer.Option(help="Guess ahead: `lookup` (what the text said before), or a smaller model of the same vocabulary."),
+    typer.Option(
+        help="Guess ahead: `lookup` (what the text said before), `module` (the model's own module of multi-token"
+        " prediction), or a smaller model of the same vocabulary."
+    ),
 ]
 
 app = typer.Typer(rich_markup_mode="rich")
@@ -163,7 +166,7 @@ def engine_with(lm: Any, draft: str | None, config: Any) -> Any:
     """An engine for a model, with the drafter that ``--draft`` names.
 
     Raises:
-        ConfigError: the draft model has another vocabulary.
+        ConfigError: the draft model has another vocabulary, or the model has no module.
     """
     from octavo.infer.engine import Engine
 
@@ -171,15 +174,17 @@ def engine_with(lm: Any, draft: str | None, config: Any) -> Any:
 
 
 def drafter_of(lm: Any, draft: str | None, n_slots: int) -> Any:
-    """What ``--draft`` names: nothing, what the text said before, or a model.
+    """What ``--draft`` names: nothing, what the text said before, the model's own module, or a model.
 
     Raises:
-        ConfigError: the model has another vocabulary.
+        ConfigError: the model has another vocabulary, or no module.
     """
-    from octavo.infer.drafts import ModelDraft, PromptLookup
+    from octavo.infer.drafts import ModelDraft, ModuleDraft, PromptLookup
 
     if draft is None or draft == "lookup":
         return PromptLookup() if draft else None
+    if draft == "module":
+        return ModuleDraft(lm.model, n_slots=n_slots)
     import octavo
 
     small: Any = octavo.load(draft)

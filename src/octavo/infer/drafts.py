@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from octavo.errors import ConfigError
-from octavo.infer.executors import PlainExecutor
+from octavo.infer.executors import PlainExecutor, fastest
 from octavo.infer.memory import Pool, kind_of
 from octavo.infer.scheduler import Sequence as Text
 from octavo.infer.scheduler import Work
@@ -76,7 +76,7 @@ class ModelDraft:
             model.state_specs(), n_blocks=n_slots, block_size=limit, n_slots=n_slots, max_tokens=limit,
             dtype=dtype, device=device,
         )  # fmt: skip
-        self.executor = PlainExecutor(model, self.pool)
+        self.executor = fastest(model, self.pool, PlainExecutor(model, self.pool))
         self.known: dict[int, _Known] = {}
 
     def propose(self, texts: Sequence[tuple[Text, int]]) -> list[list[int]]:
@@ -149,10 +149,9 @@ class ModuleDraft:
     """
 
     def __init__(self, model: Decoder, *, n_slots: int = 64):
-        self.model = model
-        limit = model.max_seq_len
-        if not len(model.multi_token):
+        if not len(getattr(model, "multi_token", ())):
             raise ConfigError("the model has no multi_token modules to draft with", fix="use another draft")
+        self.model, limit = model, model.max_seq_len
         module: Any = model.multi_token[0]
         self.pool = Pool(
             module.state_specs(), n_blocks=n_slots, block_size=limit, n_slots=n_slots, max_tokens=limit,
