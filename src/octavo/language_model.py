@@ -14,7 +14,8 @@ from torch import Tensor
 from octavo.errors import CheckpointError, ConfigError, ConfigErrors, did_you_mean
 from octavo.files import write_json
 from octavo.hub import formats, sentences
-from octavo.hub.folder import assemble, load_model, model_config, read_config, save_model
+from octavo.hub.folder import assemble, family_of, load_model, model_config, read_config, save_model
+from octavo.hub.small_weights import Codes, read_as
 from octavo.infer.constraints import Grammar, follow
 from octavo.infer.embed import classify, embed, tag
 from octavo.infer.generate import best, encode_prompt, encode_source, generate, pieces
@@ -47,6 +48,7 @@ class LanguageModel:
             )
         self.model, self.tokenizer = model, tokenizer
         self.sentences: sentences.Sentences | None = None  # how its makers make vectors of texts
+        self.read_as = ""  # what became of the quantised weights of another program's file, in words
 
     @property
     def network(self) -> Decoder:
@@ -205,20 +207,28 @@ class LanguageModel:
         return name
 
 
-def load(path: str | Path, dtype: torch.dtype | str = "auto", *, tokenizer: Tokenizer | None = None) -> LanguageModel:
+def load(
+    path: str | Path,
+    dtype: torch.dtype | str = "auto",
+    *,
+    tokenizer: Tokenizer | None = None,
+    codes: bool = True,
+) -> LanguageModel:
     """A model from a run, a model folder, a pulled repository (``org/name``) or a GGUF or llama2.c file.
 
     Args:
         path: a run (its final model is taken, else the pretrained one), a model folder, a name or a file.
         dtype: ``auto`` keeps what was saved where this machine computes it fast, else fp32; ``saved`` keeps it.
         tokenizer: in place of the one that comes with the model.
+        codes: keep the 8- and 4-bit weights of a GGUF file that are ours exactly; False makes plain ones of all, which
+            can be trained.
 
     Raises:
         ConfigError: no model there. CheckpointError: a model that cannot be read exactly.
     """
     place = find_model(path, files=True)
     if place.is_file():
-        return from_foreign(formats.read(place, tokenizer), place, dtype)
+        return from_foreign(formats.read(place, tokenizer), place, dtype, codes=codes)
     hf = read_config(place)
     if counted.is_counted(hf):
         if dtype not in ("auto", "saved"):
@@ -230,7 +240,9 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto", *, tokenizer: Toke
     return lm
 
 
-def from_foreign(foreign: formats.Foreign, path: Path, dtype: torch.dtype | str = "auto") -> LanguageModel:
+def from_foreign(
+    foreign: formats.Foreign, path: Path, dtype: torch.dtype | str = "auto", *, codes: bool = True
+) -> LanguageModel:
     """The model of a file of another program; see ``load``.
 
     Raises:
@@ -240,16 +252,35 @@ def from_foreign(foreign: formats.Foreign, path: Path, dtype: torch.dtype | str 
         raise CheckpointError(
             f"{path} comes without a tokenizer", fix=f"octavo convert {path} TARGET --tokenizer FOLDER"
         )
+    hf, tensors = foreign.config, foreign.tensors
     try:
-        config = model_config(foreign.config)
+        if not codes:
+            tensors = {name: t.plain() if isinstance(t, Codes) else t for name, t in tensors.items()}
+        hf, tensors = _own_head(hf, tensors)
+        config = model_config(hf)
         if dtype == "saved":  # what the file says of itself: its tensors may be of several formats
-            dtype = foreign.config.get("dtype") or foreign.config.get("torch_dtype") or "saved"
-        model = assemble(foreign.config, config, foreign.tensors, path, _dtype(dtype, foreign.config))
+            dtype = hf.get("dtype") or hf.get("torch_dtype") or "saved"
+        model = assemble(hf, config, tensors, path, _dtype(dtype, hf))
     except CheckpointError as error:
         if str(path) in error.what:
             raise
         raise CheckpointError(f"{path}: {error.what}", fix=error.fix) from None
-    return LanguageModel(model, foreign.tokenizer)
+    lm = LanguageModel(model, foreign.tokenizer)
+    lm.read_as = read_as(model, foreign.quantised)
+    return lm
+
+
+def _own_head(hf: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Where a tied embedding has codes, the head is a product of its own that keeps them."""
+    if not any(isinstance(tensor, Codes) for tensor in tensors.values()):
+        return hf, tensors
+    config, family = model_config(hf), family_of(hf["model_type"])
+    if not config.tie_embeddings or family.head in tensors:
+        return hf, tensors
+    embedding = next(e.theirs for e in family.of(hf).entries(config) if e.ours[0] == "embed.weight")
+    if not isinstance(tensors.get(embedding), Codes):
+        return hf, tensors
+    return {**hf, "tie_word_embeddings": False}, {**tensors, family.head: tensors[embedding]}
 
 
 def _dtype(dtype: torch.dtype | str, hf: Mapping[str, Any]) -> torch.dtype | None:

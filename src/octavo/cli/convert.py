@@ -48,8 +48,9 @@ def convert(
     if target.exists() or target.is_symlink():
         raise ConfigError(f"{target} exists, and nothing is overwritten", fix="give another name")
     given = None if tokenizer is None else vocabulary.load(tokenizer, {"bos": "<|bos|>"})
-    lm = _open(source, given, dtype, from_pickle)
-    _settle_quantized(lm, to, dequantize)
+    # A Hugging Face folder, which is what is made by default, has no words for codes: those of a file become plain.
+    lm = _open(source, given, dtype, from_pickle, codes=to in ("octavo", "gguf") and not dequantize)
+    _settle_quantized(lm, to, dequantize and not lm.read_as)
     name = _write(lm, target, to, family)
     if isinstance(lm.model, NGramPredictor):
         typer.echo(f"{target}: {name}, counted, {lm.tokenizer.vocab_size:,} token ids")
@@ -58,6 +59,8 @@ def convert(
     n += sum(codes.d_in * codes.d_out * getattr(codes, "n", 1) for codes in quantized_modules(lm.model).values())
     kind = str(next(lm.model.parameters()).dtype).removeprefix("torch.")
     typer.echo(f"{target}: {name}, {n:,} parameters in {kind}, {lm.tokenizer.vocab_size:,} token ids")
+    if lm.read_as:
+        typer.echo(f"{source}: {lm.read_as}")
 
 
 def _settle_quantized(lm: Any, to: str | None, dequantize: bool) -> None:
@@ -72,8 +75,8 @@ def _settle_quantized(lm: Any, to: str | None, dequantize: bool) -> None:
         raise ConfigError("the model is not quantised", fix="leave --dequantize out")
     if dequantize:
         lm.model = dequantized(lm.model)
-    elif small and to in ("hf", "gguf"):
-        raise refuse("a Hugging Face family" if to == "hf" else "GGUF")
+    elif small and to == "hf":
+        raise refuse("a Hugging Face family")
 
 
 def _write(lm: Any, target: Path, to: str | None, family: str) -> str:
@@ -90,11 +93,11 @@ def _write(lm: Any, target: Path, to: str | None, family: str) -> str:
     return write_aside(lm, target, "octavo" if to == "octavo" else family)
 
 
-def _open(source: Path, tokenizer: Any, dtype: str, from_pickle: bool) -> Any:
+def _open(source: Path, tokenizer: Any, dtype: str, from_pickle: bool, codes: bool) -> Any:
     from octavo import language_model
 
     if not from_pickle:
-        return language_model.load(source, dtype, tokenizer=tokenizer)
+        return language_model.load(source, dtype, tokenizer=tokenizer, codes=codes)
     from octavo.hub import formats, pickled
 
     if not source.exists():

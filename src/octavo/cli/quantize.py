@@ -15,7 +15,7 @@ app = typer.Typer(rich_markup_mode="rich")
 @app.command()
 def quantize(
     model: Annotated[Path, typer.Argument(help="A run, a model folder, or a file that octavo reads.")],
-    out: Annotated[Path, typer.Option(help="The folder to make; it must not exist.")],
+    out: Annotated[Path, typer.Option(help="The folder to make, or the file with --to gguf; it must not exist.")],
     scheme: Annotated[
         str, typer.Option(help="int8, int4, int8-dynamic, fp8, fp8-e5m2 or fp8-blocks; see docs/quantize.md.")
     ] = "int8",
@@ -25,6 +25,9 @@ def quantize(
     head: Annotated[
         str | None, typer.Option(help="The head: same (like the other products), int8, or kept (as it is).")
     ] = None,
+    to: Annotated[
+        str, typer.Option(help="octavo (a folder), or gguf (a file for llama.cpp): int8 and int4.")
+    ] = "octavo",
     calibrate: Annotated[
         list[Path] | None, typer.Option(help="Text that weights are solved against (GPTQ); may be given again.")
     ] = None,
@@ -34,10 +37,10 @@ def quantize(
     ] = None,
     eval_bytes: Annotated[int, typer.Option(min=1, help="Score this many bytes of it.")] = 20_000,
 ) -> None:
-    """Store a model's weight products in 8 or 4 bits. The folder is read by generate, chat, eval and octavo.load.
+    """Store a model's weight products in 8 or 4 bits. What is made is read by generate, chat, eval and octavo.load.
 
     Example: [bold]octavo quantize runs/quickstart --scheme int4 --calibrate book.txt --eval other.txt --out
-    my-int4[/bold]
+    my-int4[/bold]   ·   [bold]octavo quantize MODEL --scheme int4 --to gguf --out my.gguf[/bold]
     """
     from octavo import language_model
     from octavo.cli.convert import write_aside
@@ -47,12 +50,16 @@ def quantize(
     from octavo.training.progress import Console
 
     chosen = scheme_of(scheme, group=group, head=head)
+    if to not in ("octavo", "gguf"):
+        raise ConfigError(f"--to {to} is not known", fix="give octavo or gguf")
+    if to == "gguf" and scheme not in ("int8", "int4"):
+        raise ConfigError(f"GGUF has no words for {scheme}", fix="give --scheme int8 or int4, or leave --to out")
     if out.exists() or out.is_symlink():
         raise ConfigError(f"{out} exists, and nothing is overwritten", fix="give another name")
     for path in (*(calibrate or ()), *([eval_text] if eval_text else ())):
         if not path.exists():
             raise ConfigError(f"{path} does not exist", fix="give a text file or a folder of them")
-    lm = language_model.load(model, "saved")
+    lm = language_model.load(model, "saved", codes=False)
     network, console = lm.network, Console()
     rows = None
     if calibrate:
@@ -63,7 +70,12 @@ def quantize(
     with console.bar(None, "product", "quantize") as bar:
         lm.model = quantized(network, chosen, rows, on_progress=lambda done, _: bar.update(1))
     after = _score(lm, eval_text, eval_bytes) if eval_text else None
-    write_aside(lm, out, "octavo")
+    if to == "gguf":
+        from octavo.hub import gguf_write
+
+        gguf_write.write(lm.model, lm.tokenizer, out)
+    else:
+        write_aside(lm, out, "octavo")
     figures["size"] = f"{_megabytes(network):,.1f} MB to {_megabytes(lm.model):,.1f} MB"
     if before is not None and after is not None:
         change = after["bits_per_byte"] / before["bits_per_byte"] - 1

@@ -44,7 +44,7 @@ from octavo.hub.qwen_moe import Qwen2Moe, Qwen3Moe
 from octavo.hub.roberta import Roberta
 from octavo.hub.rwkv import Rwkv
 from octavo.hub.small_weights import KEY as QUANTIZATION
-from octavo.hub.small_weights import described, fill_small, make_small, refuse, stored_tensors
+from octavo.hub.small_weights import Codes, described, fill_small, make_small, place, refuse, settle, stored_tensors
 from octavo.hub.t5 import T5
 from octavo.models.decoder import Decoder, build
 from octavo.models.tables import MODELS
@@ -137,13 +137,14 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> Decoder:
 def assemble(
     hf: Mapping[str, Any],
     config: Decoder.Config,
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor | Codes],
     folder: Path,
     dtype: torch.dtype | None = None,
 ) -> Decoder:
     """The model of a config.json, our configuration of it, and tensors named as its family names them.
 
     Args:
+        tensors: codes stay codes in the products that they fill.
         folder: where they come from, for errors.
         dtype: of the weights; as saved if None.
 
@@ -158,12 +159,14 @@ def assemble(
     model = build(config, device="meta")
     if hf["model_type"] == NATIVE and QUANTIZATION in hf:
         make_small(model, hf[QUANTIZATION])
-    own, small = dict(model.named_parameters()), stored_tensors(model)
+    own, small, codes = dict(model.named_parameters()), stored_tensors(model), {}
     if hf["model_type"] == NATIVE:
-        found = _check(own | small, tensors, folder)
+        found = _check(own | small, dict(tensors), folder)
         small = {name: found.pop(name) for name in small}
     else:
-        found = _from_foreign(family_of(hf["model_type"]).of(hf), config, own, tensors, folder)
+        family = family_of(hf["model_type"]).of(hf)
+        plain, codes = settle(model, family.entries(config), tensors, dtype or torch.float32)
+        found = _from_foreign(family, config, own, plain, folder)
     if whole := next((name for name, tensor in found.items() if not tensor.is_floating_point()), None):
         raise CheckpointError(f"{folder}: {whole} holds {found[whole].dtype}, no weights", fix="restore the file")
     dtype = dtype or next(iter(found.values())).dtype
@@ -177,6 +180,7 @@ def assemble(
             module, _, leaf = name.rpartition(".")
             made = torch.nn.Parameter(parameter.contiguous(), requires_grad=own[name].requires_grad)
             setattr(model.get_submodule(module), leaf, made)
+    place(model, codes, dtype)
     return model.eval()
 
 
@@ -229,7 +233,7 @@ def _from_foreign(
     return found
 
 
-def _check(own: Mapping[str, Tensor], found: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+def _check(own: Mapping[str, Tensor], found: dict[str, Any], folder: Path) -> dict[str, Tensor]:
     """Our own layout: every parameter there, of its shape, and nothing left over."""
     wrong = [
         f"{name} has {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from octavo.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from octavo.hub.small_weights import Codes
     from octavo.tokenizer import Tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -30,12 +31,14 @@ PICKLE = "pickle"
 class Foreign:
     """A model file read: what a Hugging Face folder of the same model would hold.
 
-    ``config`` is its config.json, ``tensors`` have the names of the family that it says.
+    ``config`` is its config.json, ``tensors`` have the names of the family that it says. ``quantised`` says by name of
+    which type those were in the file that were not numbers by themselves.
     """
 
     config: Mapping[str, Any]
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor | Codes]
     tokenizer: Tokenizer | None = None
+    quantised: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

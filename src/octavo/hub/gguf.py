@@ -1,7 +1,8 @@
 """GGUF (llama.cpp): Llama, Qwen2, Qwen3, Gemma 2 and Mamba with their tokenizers and chat templates, from one file.
 
-Quantised weights become float32. Names, units and the rearranged weights are those of llama.cpp: convert_hf_to_gguf.py
-(which permutes Llama's queries and keys and adds one to Gemma's norms), src/llama-arch.cpp, src/llama-vocab.cpp.
+Matrices of a quantised type that is ours keep their codes (hub/gguf_blocks.py), any other type becomes float32. Names,
+units and the rearranged weights are those of llama.cpp: convert_hf_to_gguf.py (which permutes Llama's queries and keys
+and adds one to Gemma's norms), src/llama-arch.cpp, src/llama-vocab.cpp.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from octavo.errors import CheckpointError
-from octavo.hub import vocabulary
+from octavo.hub import gguf_blocks, vocabulary
 from octavo.hub.formats import Foreign
 from octavo.hub.gguf_file import MAGIC, GGUFFile, open_file
 from octavo.hub.limits import MAX_LAYERS, MAX_SIZE, MAX_SIZES
@@ -24,6 +25,7 @@ from octavo.hub.llama2c import half_pairs
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from octavo.hub.small_weights import Codes
     from octavo.tokenizer import Tokenizer
 
 MAX_HEADS = MAX_SIZES["n_heads"]
@@ -185,7 +187,10 @@ def read(path: Path, tokenizer: Tokenizer | None = None) -> Foreign:
         )
     architecture, settings = ARCHITECTURES[name], Settings(file, name)
     config = _config(settings, architecture)
-    return Foreign(config, _tensors(file, config, architecture), tokenizer or read_tokenizer(file))
+    tokenizer = tokenizer or read_tokenizer(file)
+    kinds = {_renamed(name, architecture)[0]: file.type_name(name) for name in file.tensors}
+    quantised = {name: kind for name, kind in kinds.items() if kind not in ("F64", "F32", "F16", "BF16")}
+    return Foreign(config, _tensors(file, config, architecture), tokenizer, quantised)
 
 
 def _wrong(file: GGUFFile, what: str) -> CheckpointError:
@@ -240,6 +245,8 @@ def _attention(settings: Settings) -> dict[str, Any]:
 
 
 WIDE = (".ssm_a", ".ssm_conv1d.weight")
+COMPUTED = ("ssm_a", "ssm_conv1d")
+"""What is not taken as it stands in the file."""
 
 
 def _dtype(file: GGUFFile) -> str:
@@ -250,20 +257,29 @@ def _dtype(file: GGUFFile) -> str:
     return {"BF16": "bfloat16", "F16": "float16"}.get(kinds.pop(), "float32") if len(kinds) == 1 else "float32"
 
 
-def _tensors(file: GGUFFile, config: Mapping[str, Any], architecture: Architecture) -> dict[str, Tensor]:
+def _tensors(file: GGUFFile, config: Mapping[str, Any], architecture: Architecture) -> dict[str, Tensor | Codes]:
     import torch
+
+    from octavo.hub.small_weights import Codes
 
     heads = {"attn_q": config.get("num_attention_heads", 1), "attn_k": config.get("num_key_value_heads", 1)}
     dtype = getattr(torch, config["dtype"])
-    found: dict[str, Tensor] = {}
+    found: dict[str, Tensor | Codes] = {}
     for name, entry in file.tensors.items():
         theirs, stem = _renamed(name, architecture)
+        if architecture.interleaved and stem in heads and entry.shape[0] % (2 * heads[stem]):
+            raise _wrong(file, f"{name} of shape {list(entry.shape)} cannot be {heads[stem]} heads")
+        if len(entry.shape) == 2 and file.type_name(name) in gguf_blocks.KEPT and stem not in COMPUTED:
+            codes = gguf_blocks.read(file, name)
+            if architecture.interleaved and stem in heads:
+                numbers, scales = (half_pairs(part, heads[stem]) for part in (codes.codes, codes.scales))
+                codes = Codes(codes.bits, numbers, scales, codes.kind)
+            found[theirs] = codes
+            continue
         tensor = torch.from_numpy(file.array(name))
         if architecture.norm_offset and stem.endswith("norm"):
             tensor = tensor - architecture.norm_offset
         if architecture.interleaved and stem in heads:
-            if entry.shape[0] % (2 * heads[stem]):
-                raise _wrong(file, f"{name} of shape {list(entry.shape)} cannot be {heads[stem]} heads")
             tensor = half_pairs(tensor, heads[stem])
         if stem == "ssm_a":
             if not bool((tensor < 0).all()):

@@ -54,7 +54,7 @@ class GGUFFile:
         """One tensor as float32, or as float16 where that is how it is stored."""
         package, entry = require(), self.tensors[name]
         quant = package.GGMLQuantizationType(entry.type)
-        raw = np.fromfile(self.path, np.uint8, entry.n_bytes, offset=entry.start)
+        raw = self.raw(name)
         if quant.name == "F16":
             return raw.view("<f2").reshape(entry.shape)
         if quant.name == "F32":
@@ -66,6 +66,11 @@ class GGUFFile:
                 f"{self.path} stores {name} as {quant.name}, which the gguf package cannot read",
                 fix="use a file with another quantisation, such as Q8_0 or Q4_K_M",
             ) from None
+
+    def raw(self, name: str) -> np.ndarray:
+        """The bytes of one tensor."""
+        entry = self.tensors[name]
+        return np.fromfile(self.path, np.uint8, entry.n_bytes, offset=entry.start)
 
     def type_name(self, name: str) -> str:
         """How a tensor is stored: F32, BF16, Q4_K ..."""

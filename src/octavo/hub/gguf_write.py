@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +18,15 @@ import numpy as np
 
 from octavo.errors import ConfigError
 from octavo.files import fsync_path, make_folder
-from octavo.hub import gguf, vocabulary
+from octavo.hub import gguf, gguf_blocks, vocabulary
 from octavo.hub.gguf_file import open_file, require
 from octavo.hub.vocabulary import BYTE, CONTROL, CUTS, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, WHOLE_WORDS_FIRST
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from octavo.hub.family import Family
+    from octavo.hub.family import Entry, Family
+    from octavo.hub.small_weights import Codes
     from octavo.models.decoder import Decoder
     from octavo.tokenizer import Tokenizer
 
@@ -35,22 +37,26 @@ STORED = {"float32": ("F32", 0), "float16": ("F16", 1), "bfloat16": ("BF16", 32)
 def write(model: Any, tokenizer: Tokenizer, target: Path) -> str:
     """Write a model with its tokenizer as one file, matrices in the type of its weights; gives the architecture.
 
-    The file appears whole or not at all.
+    Codes of 8 and 4 bits are written as they are, as Q8_0 and Q4_0: blocks of 32 inputs, of which those of a wider
+    group have the same scale. Products with narrower groups are written as F32. The file appears whole or not at all.
 
     Raises:
         ConfigError: ``target`` exists, the `gguf` package is missing, or GGUF cannot say this model or tokenizer.
     """
     from octavo.models.decoder import Decoder
+    from octavo.nn.quantized import quantized_modules
 
     package = require()
     if not isinstance(model, Decoder):
         raise _cannot("this kind of model")
     family = _family(model)
+    bits = _bits(quantized_modules(model).values())
     name, hf = family.model_type, family.write(model.config)
     kind, file_type = STORED[str(model.embed.weight.dtype).removeprefix("torch.")]
     metadata = {
         "general.name": target.stem,
-        "general.file_type": file_type,
+        "general.file_type": gguf_blocks.WRITTEN[bits][1] if bits else file_type,
+        **({"general.quantization_version": package.GGML_QUANT_VERSION} if bits else {}),
         **{f"{name}.{key}": value for key, value in _settings(name, hf).items()},
         **describe(tokenizer, model.vocab_size),
     }
@@ -60,9 +66,13 @@ def write(model: Any, tokenizer: Tokenizer, target: Path) -> str:
         writer = package.GGUFWriter(aside, name)
         for key, value in metadata.items():
             _add(writer, key, value)
-        for their, array in _arrays(model, family, hf):
+        for their, array, exact in _arrays(model, family, hf):
+            if not isinstance(array, np.ndarray):
+                quant = package.GGMLQuantizationType[gguf_blocks.WRITTEN[array.bits][0]]
+                writer.add_tensor(their, gguf_blocks.bytes_of(array), raw_dtype=quant)
+                continue
             # As llama.cpp's converter: what is no product, and the convolution, stays in 32 bits.
-            wide = array.ndim == 1 or "ssm_conv1d" in their or not their.endswith(".weight")
+            wide = array.ndim == 1 or "ssm_conv1d" in their or not their.endswith(".weight") or exact
             stored = "F32" if wide else kind
             quant = package.GGMLQuantizationType[stored]
             data = package.quants.quantize(array, quant)
@@ -143,28 +153,74 @@ def _settings(name: str, hf: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _arrays(model: Decoder, family: Family, hf: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """The weights in float32 under llama.cpp's names."""
-    own = dict(model.named_parameters())
+def _bits(products: Iterable[Any]) -> int:
+    """The bits of most codes; 0 where the weights are not quantised."""
+    from octavo.nn.quantized import IntegerWeights
+
+    counts: Counter[int] = Counter()
+    for product in products:
+        if not isinstance(product.storage, IntegerWeights):
+            raise _cannot("weights in 8-bit floats", fix="give --dequantize, or quantize with --scheme int8")
+        if product.storage.activations != "model":
+            raise _cannot("that activations are rounded to 8 bits", fix="quantize with --scheme int8")
+        counts[product.storage.bits] += product.d_in * product.d_out
+    return max(counts, key=lambda bits: counts[bits], default=0)
+
+
+def _arrays(model: Decoder, family: Family, hf: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray | Codes, bool]]:
+    """The weights under llama.cpp's names, in float32 or as codes, and whether fewer bits would lose something."""
+    from octavo.hub.small_weights import Codes
+    from octavo.nn.quantized import quantized_modules
+
+    small = {f"{product}.weight" for product in quantized_modules(model)}
     architecture = gguf.ARCHITECTURES[family.model_type]
     layer = {their: stem for stem, their in architecture.names.items()}
     around = {their: stem for stem, their in architecture.ends.items()}
     heads = {"attn_q": hf.get("num_attention_heads", 0), "attn_k": hf.get("num_key_value_heads", 0)}
+    tied = _tied(model)
     for entry in family.entries(model.config):
-        tensor = entry.join([own[part].detach() for part in entry.ours]).float()
+        if tied is not None and entry.ours == ("head.weight",):
+            continue
+        found = tied if tied is not None and entry.ours == ("embed.weight",) else _weight(model, entry)
         stem, dot, part = entry.theirs.rpartition(".")
         if dot and part not in ("weight", "bias"):
             stem, dot, part = entry.theirs, "", ""
         if stem in around:
-            name = around[stem]
+            name, short, n = around[stem], "", 0
         else:
             number, _, inner = stem.removeprefix(f"{architecture.layers}.").partition(".")
             short = layer[inner]
-            name = f"blk.{number}.{short}"
-            tensor = _rearranged(
-                tensor, short, part, heads[short] if architecture.interleaved and short in heads else 0
-            )
-        yield f"{name}{dot}{part}", tensor.numpy()
+            name, n = f"blk.{number}.{short}", heads.get(short, 0) if architecture.interleaved else 0
+        if isinstance(found, Codes):
+            rows = [_rearranged(rows, short, part, n) for rows in (found.codes, found.scales)]
+            yield f"{name}{dot}{part}", Codes(found.bits, *rows), True
+        else:
+            yield f"{name}{dot}{part}", _rearranged(found, short, part, n).numpy(), entry.ours[0] in small
+
+
+def _weight(model: Decoder, entry: Entry) -> Tensor | Codes:
+    """One tensor of a file, from ours."""
+    from octavo.hub.small_weights import codes_of
+    from octavo.nn.quantized import Quantized
+
+    modules = [model.get_submodule(part.rpartition(".")[0]) for part in entry.ours]
+    if not all(
+        isinstance(m, Quantized) and part.endswith(".weight") for m, part in zip(modules, entry.ours, strict=True)
+    ):
+        return entry.join([model.get_parameter(part).detach() for part in entry.ours]).float()
+    codes = codes_of(modules)
+    return entry.join([m.dequantised() for m in modules]) if codes is None else codes  # type: ignore[operator]
+
+
+def _tied(model: Decoder) -> Codes | None:
+    """The codes of a head that is the embedding, number for number: a file says them once."""
+    from octavo.hub.small_weights import codes_of
+    from octavo.nn.quantized import Quantized
+
+    codes = codes_of([model.head]) if isinstance(model.head, Quantized) else None
+    if codes is None or model.head_bias is not None or model.embed.weight.shape != codes.shape:
+        return None
+    return codes if bool((codes.plain() == model.embed.weight).all()) else None
 
 
 def _rearranged(tensor: Tensor, short: str, part: str, heads: int) -> Tensor:
