@@ -1,11 +1,10 @@
 """Weights in the order in which the native step reads them, in one arena of large pages (nn/kernels/decode_product.h).
 
-Outputs go by blocks of 16, a unit of work is one to four of them side by side, and inputs are padded with zeros.
+Outputs go by blocks of 16, a unit of work is one or two of them side by side, and inputs are padded with zeros.
 """
 
 from __future__ import annotations
 
-import mmap
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from octavo.infer.pages import PAGE, large_pages
 from octavo.nn.quantized import ZERO, QuantizedProjection
 
 Order = Literal["plain", "heads", "gated"]
-PAGE, CHUNK = 2 << 20, 32 << 20
+CHUNK = 32 << 20
 LANES = 16
+WIDTH = 2  # blocks of a unit: read side by side by all rows, so a product passes over each line once
 # The formats of the kernel: its number, and how many inputs of an output stand together in 32 bits.
 FORMATS = {32: (0, 1), 16: (1, 2), 8: (2, 4), 4: (3, 8)}
 GROUPS = (16, 32, 64, 128, 256)  # inputs that share a scale: whole vectors, and sums that 32 bits hold
@@ -36,18 +37,10 @@ class Arena:
         """(n_bytes,) uint8 at a multiple of 64 bytes, which stays as long as the arena does."""
         wanted = -(-n_bytes // 64) * 64
         if self.taken + wanted > len(self.chunks[-1]):
-            self.chunks.append(_large_pages(max(CHUNK, -(-wanted // PAGE) * PAGE)))
+            self.chunks.append(large_pages(max(CHUNK, -(-wanted // PAGE) * PAGE)))
             self.taken = 0
         start, self.taken, self.used = self.taken, self.taken + wanted, self.used + wanted
         return self.chunks[-1][start : start + n_bytes]
-
-
-def _large_pages(n_bytes: int) -> Tensor:
-    buffer = mmap.mmap(-1, n_bytes + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        buffer.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(buffer, dtype=torch.uint8)
-    return whole[-whole.data_ptr() % PAGE :][:n_bytes]
 
 
 @dataclass
@@ -154,11 +147,11 @@ def _rows(order: Order, n: int, head_dim: int) -> tuple[Tensor, int]:
     """Which of n outputs each place of the packed matrix has, -1 for none, and how many blocks make a unit."""
     if order == "heads":
         blocks = -(-head_dim // LANES)
-        width = 4 if blocks % 4 in (0, 3) else 2 if blocks % 2 == 0 else 1
+        width = 1 if blocks == 1 else WIDTH
         room = -(-blocks // width) * width * LANES
         places = F.pad(torch.arange(n).view(-1, head_dim), (0, room - head_dim), value=-1)
         return places.flatten(), width
-    width = 4
+    width = WIDTH
     share = width * LANES // (2 if order == "gated" else 1)
     each = n // 2 if order == "gated" else n
     one = F.pad(torch.arange(each), (0, -each % share), value=-1).view(-1, share)

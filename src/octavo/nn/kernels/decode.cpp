@@ -87,10 +87,11 @@ struct alignas(64) Counter {
 
 struct Own {
   std::vector<float> normed, tile, scratch;
+  std::vector<int64_t> entries;
   Rows rows;
 };
 
-inline float* fit(std::vector<float>& x, int64_t n) {
+template <class T> inline T* fit(std::vector<T>& x, int64_t n) {
   if (int64_t(x.size()) < n) x.resize(size_t(n));
   return x.data();
 }
@@ -127,7 +128,7 @@ class Decoder {
     zeros(x_, r.N * s.D), zeros(q_, r.N * s.H * padded_head());
     zeros(mixed_, r.N * layers[0].o.depth), zeros(hidden_, r.N * layers[0].down.depth);
   }
-  int64_t padded_head() const { return (s.K + kLanes - 1) / kLanes * kLanes; }
+  int64_t padded_head() const { return (s.K + kChannels - 1) / kChannels * kChannels; }
 
   // One thread's part of a step; C is what the pools hold.
   template <class C> struct Work {
@@ -197,10 +198,11 @@ class Decoder {
       }
       if (h < s.H) {
         float* q = &d.q_[size_t((m * s.H + h) * d.padded_head())];
-        for (int64_t i = 0; i < s.K; ++i) q[i] = x[i] * d.scale;
+        if (s.K % kChannels) std::fill_n(q + s.K / kChannels * kChannels, kChannels, 0.f);
+        for (int64_t i = 0; i < s.K; ++i) q[place_of<C>(i)] = x[i] * d.scale;
         return;
       }
-      const int64_t entry = Walk(r.tables + r.sequence[m] * r.n_max, r.block_size, r.slots[m]).next();
+      const int64_t entry = entry_of(r.tables + r.sequence[m] * r.n_max, r.block_size, r.slots[m]);
       C* pool = static_cast<C*>(r.pools[2 * at + (h >= s.H + s.G)]);
       C* to = pool + (entry * s.G + (h - s.H) % s.G) * s.K;
       for (int64_t i = 0; i < s.K; ++i) to[i] = from_float<C>(x[i]);
@@ -208,25 +210,37 @@ class Decoder {
 
     void read(int64_t at) {
       const Sizes& s = d.s;
-      const int64_t alike = s.H / s.G, batches = (alike + 3) / 4, wide = d.padded_head();
-      C *keys = static_cast<C*>(r.pools[2 * at]), *values = static_cast<C*>(r.pools[2 * at + 1]);
+      // Up to four heads of a key head at a time; all of a token's in one piece if there are tokens enough, for then
+      // its entries are listed once and read while they are near.
+      const int64_t alike = s.H / s.G, batches = (alike + 3) / 4, each = r.N < 2 * team.size() ? 1 : s.G * batches;
+      const int64_t pieces = s.G * batches / each;
       Counter& counter = next_phase();
-      for (int64_t task; (task = counter.take()) < r.N * s.G * batches;) {
+      for (int64_t task; (task = counter.take()) < r.N * pieces;) {
         // The last rows first: of a piece of a prompt they read the most.
-        const int64_t m = r.N - 1 - task / (s.G * batches), g = task / batches % s.G, begin = task % batches * 4;
-        const int64_t heads = std::min<int64_t>(4, alike - begin), h = g * alike + begin;
-        const int64_t n = r.slots[m] - r.first[m] + 1;
-        const Walk walk(r.tables + r.sequence[m] * r.n_max, r.block_size, r.first[m]);
-        const Pool<C> pool{keys + g * s.K, values + g * s.K, s.G * s.K, s.K};
-        const float* q = &d.q_[size_t((m * s.H + h) * wide)];
-        float* scratch = fit(own.scratch, heads * (n + kLanes) + kLanes * wide);
-        float* out = &d.mixed_[size_t(m * d.layers[0].o.depth + h * s.K)];
-        switch (heads) {
-          case 1: attend<1>(pool, walk, n, q, wide, scratch, out); break;
-          case 2: attend<2>(pool, walk, n, q, wide, scratch, out); break;
-          case 3: attend<3>(pool, walk, n, q, wide, scratch, out); break;
-          default: attend<4>(pool, walk, n, q, wide, scratch, out);
+        const int64_t m = r.N - 1 - task / pieces, n = r.slots[m] - r.first[m] + 1;
+        fit(own.scratch, 4 * (n + kLanes));
+        list_entries(r.tables + r.sequence[m] * r.n_max, r.block_size, r.first[m], n, fit(own.entries, n + kEarly));
+        for (int64_t i = task % pieces * each, end = i + each; i < end; ++i) {
+          const int64_t g = i / batches, begin = i % batches * 4, heads = std::min<int64_t>(4, alike - begin);
+          read(at, m, n, g, g * alike + begin, heads);
         }
+      }
+    }
+
+    void read(int64_t at, int64_t m, int64_t n, int64_t g, int64_t h, int64_t heads) {
+      const Sizes& s = d.s;
+      C *keys = static_cast<C*>(r.pools[2 * at]), *values = static_cast<C*>(r.pools[2 * at + 1]);
+      const int64_t wide = d.padded_head();
+      const Pool<C> pool{keys + g * s.K, values + g * s.K, s.G * s.K, s.K};
+      const float* q = &d.q_[size_t((m * s.H + h) * wide)];
+      float* out = &d.mixed_[size_t(m * d.layers[0].o.depth + h * s.K)];
+      const auto attend_heads = [&](auto attend) { attend(pool, own.entries.data(), n, q, wide, own.scratch.data(), out); };
+      const bool usual = s.K == 64;
+      switch (heads) {
+        case 1: return attend_heads(usual ? attend<1, 2, C> : attend<1, 0, C>);
+        case 2: return attend_heads(usual ? attend<2, 2, C> : attend<2, 0, C>);
+        case 3: return attend_heads(usual ? attend<3, 2, C> : attend<3, 0, C>);
+        default: return attend_heads(usual ? attend<4, 2, C> : attend<4, 0, C>);
       }
     }
 

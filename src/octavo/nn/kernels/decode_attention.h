@@ -1,5 +1,6 @@
-// Attention of one token's query heads that share a key head, over keys and values in blocks of a pool. Keys are taken
-// sixteen at a time from the first readable one on, whatever blocks they lie in.
+// Attention of one token's query heads that share a key head, over keys and values in blocks of a pool. A vector of
+// scores is some entries by N heads: its lanes are filled by one sum across lanes of sixteen accumulators, and each key
+// is read and widened once for all N.
 #pragma once
 
 #include <cmath>
@@ -8,29 +9,54 @@
 
 namespace octavo {
 
-// The entries of a pool that hold a sequence's slots, one after the other.
-struct Walk {
-  const int32_t* table;
-  int64_t block_size, offset;
-  Walk(const int32_t* blocks, int64_t size, int64_t slot)
-      : table(blocks + slot / size), block_size(size), offset(slot % size) {}
-  int64_t next() {
-    const int64_t entry = *table * block_size + offset;
-    if (++offset == block_size) offset = 0, ++table;
-    return entry;
-  }
-};
-
-// What is read some entries later: they lie in no order that the processor would guess.
-template <class C> inline void fetch(const C* p, int64_t n) {
-  for (int64_t i = 0; i < n; i += int64_t(64 / sizeof(C))) __builtin_prefetch(p + i);
+// The pool's entry that holds a slot.
+inline int64_t entry_of(const int32_t* blocks, int64_t block_size, int64_t slot) {
+  return blocks[slot / block_size] * block_size + slot % block_size;
 }
 
-template <class C> inline Lanes some(const C* p, int64_t n) {  // n of 16, then zeros
-  if (n >= kLanes) return get(p);
-  Lanes x = {};
-  for (int64_t i = 0; i < n; ++i) x[i] = to_float(p[i]);
-  return x;
+// What is read that many entries later is asked for now: they lie in no order that the processor would guess.
+constexpr int64_t kEarly = 24;
+
+// The entries of n slots from `first` on; then the last one again, as often as the reader looks ahead.
+inline void list_entries(const int32_t* blocks, int64_t block_size, int64_t first, int64_t n, int64_t* out) {
+  for (int64_t slot = first; slot < first + n;) {
+    const int64_t start = entry_of(blocks, block_size, slot);
+    const int64_t end = std::min(first + n, slot / block_size * block_size + block_size);
+    for (int64_t i = 0; i < end - slot; ++i) out[i] = start + i;
+    out += end - slot, slot = end;
+  }
+  std::fill_n(out, kEarly, out[-1]);
+}
+
+// n channels, or W * 32 of them where that is known: this is done for each entry, so a loop would be felt.
+template <int W = 0, class C> inline void fetch(const C* p, int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(C);
+  if (W) {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < W * 32; i += kLine) __builtin_prefetch(p + i);
+  } else {
+    for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(p + i);
+  }
+}
+
+// 32 channels as two vectors: of floats, the first half and the second; of bf16, those at even places and those at odd
+// ones, which a shift and a mask take apart. place_of says where a channel then stands.
+constexpr int64_t kChannels = 2 * kLanes;
+inline void widen32(const float* p, Lanes& a, Lanes& b) { a = get(p), b = get(p + kLanes); }
+inline void widen32(const bf16* p, Lanes& a, Lanes& b) {
+  Words bits;
+  std::memcpy(&bits, p, sizeof bits);
+  a = as<Lanes>(bits << 16), b = as<Lanes>(bits & 0xffff0000u);
+}
+template <class C> inline void widen(const C* p, int64_t left, Lanes& a, Lanes& b) {
+  if (left >= kChannels) return widen32(p, a, b);
+  C padded[kChannels] = {};
+  std::copy_n(p, left, padded);
+  widen32(padded, a, b);
+}
+template <class C> inline int64_t place_of(int64_t i) {
+  if (sizeof(C) == sizeof(float)) return i;
+  return i / kChannels * kChannels + i % 2 * kLanes + i % kChannels / 2;
 }
 
 // Lane j: the sum over all lanes of x[j].
@@ -76,90 +102,83 @@ template <class C> struct Pool {
   int64_t step, K;
 };
 
-// V vectors of channels (whole ones if V > 1) of N heads' sums over n values, weighted by scores (N, stride).
+// V times 32 channels of N heads' sums over the values of n entries.
 template <int N, int V, class C>
-void weigh(const Pool<C>& pool, Walk walk, int64_t n, const float* scores, int64_t stride, int64_t channel,
-           const float* mass, float* out, int64_t out_stride) {
-  Lanes total[N][V] = {};
+void weigh(const Pool<C>& pool, const int64_t* entries, int64_t n, const float* scores, int64_t channel,
+           const float* mass, float* out) {
+  constexpr int P = kLanes / N;
+  Lanes total[N][2 * V] = {};
+  const C* values = pool.values + channel;
   const int64_t left = pool.K - channel;
-  Walk later = walk;
-  for (int64_t j = 0; j < std::min<int64_t>(n, kLanes); ++j) later.next();
-  for (int64_t j = 0; j < n; ++j) {
-    if (j + kLanes < n) fetch(pool.values + later.next() * pool.step + channel, std::min<int64_t>(left, V * kLanes));
-    const C* value = pool.values + walk.next() * pool.step + channel;
-    Lanes v[V];
-    for (int i = 0; i < V; ++i) v[i] = V > 1 ? get(value + i * kLanes) : some(value, left);
-    for (int h = 0; h < N; ++h) {
-      const Lanes p = lanes(scores[h * stride + j]);
-      for (int i = 0; i < V; ++i) total[h][i] += p * v[i];
+  for (int64_t start = 0; start < n; start += P, scores += kLanes)
+    for (int64_t p = 0; p < std::min<int64_t>(P, n - start); ++p) {
+      fetch<V>(values + entries[start + p + kEarly] * pool.step, left);
+      const C* value = values + entries[start + p] * pool.step;
+      Lanes v[2 * V];
+      for (int i = 0; i < V; ++i) widen(value + i * kChannels, V > 1 ? kChannels : left, v[2 * i], v[2 * i + 1]);
+      for (int h = 0; h < N; ++h) {
+        const Lanes weight = lanes(scores[p * N + h]);
+        for (int i = 0; i < 2 * V; ++i) total[h][i] += weight * v[i];
+      }
     }
-  }
   for (int h = 0; h < N; ++h)
     for (int i = 0; i < V; ++i) {
-      const Lanes y = total[h][i] / lanes(mass[h]);
-      for (int64_t c = 0; c < std::min<int64_t>(kLanes, left - i * kLanes); ++c)
-        out[h * out_stride + channel + i * kLanes + c] = y[c];
+      float wide[kChannels];
+      put(wide, total[h][2 * i] / lanes(mass[h])), put(wide + kLanes, total[h][2 * i + 1] / lanes(mass[h]));
+      float* to = out + h * pool.K + channel + i * kChannels;
+      for (int64_t c = 0; c < std::min(kChannels, left - i * kChannels); ++c) to[c] = wide[place_of<C>(c)];
     }
 }
 
-// N heads' queries q (N, q_stride), scaled, padded with zeros to whole vectors, over the n entries that walk gives.
-// scratch: N * stride + 16 * q_stride floats, with stride >= n rounded up to whole vectors.
-template <int N, class C>
-void attend(const Pool<C>& pool, Walk walk, int64_t n, const float* q, int64_t q_stride, float* scratch, float* out) {
-  const int64_t K = pool.K, stride = (n + kLanes - 1) / kLanes * kLanes;
-  float *scores = scratch, *wide = scratch + N * stride;
-  const Wholes order = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const bool direct = sizeof(C) == sizeof(float) && K % kLanes == 0;
-  float mass[N];
-  Lanes most[N];
-  for (int h = 0; h < N; ++h) most[h] = lanes(-INFINITY);
-  Walk keys = walk, later = walk, values = walk;
-  for (int64_t j = 0; j < std::min<int64_t>(n, kLanes); ++j) {
-    fetch(pool.keys + later.next() * pool.step, K);
-    fetch(pool.values + values.next() * pool.step, K);
-  }
-  for (int64_t start = 0; start < n; start += kLanes) {
-    for (int64_t j = start + kLanes; j < std::min(n, start + 2 * kLanes); ++j)
-      fetch(pool.keys + later.next() * pool.step, K);
-    const int64_t here = std::min<int64_t>(kLanes, n - start);
-    const float* key[kLanes];
-    for (int64_t j = 0; j < kLanes; ++j) {
-      if (j >= here) {
-        key[j] = key[0];
-        continue;
+// Queries q (N, width) of N heads, scaled, their channels where place_of says and zeros between, over n entries
+// (list_entries); W is width / 32 where that is known. scratch: 16 floats for each kLanes / N entries begun.
+template <int N, int W, class C>
+void attend(const Pool<C>& pool, const int64_t* entries, int64_t n, const float* q, int64_t width, float* scratch,
+            float* out) {
+  constexpr int P = kLanes / N;
+  if (W) width = W * kChannels;
+  const Wholes lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  for (int64_t j = 0; j < std::min(n, kEarly); ++j) fetch<W>(pool.keys + entries[j] * pool.step, pool.K);
+  Lanes most = lanes(-INFINITY);
+  float* scores = scratch;
+  for (int64_t start = 0; start < n; start += P, scores += kLanes) {
+    Lanes total[kLanes] = {};
+    for (int p = 0; p < P; ++p) {
+      fetch<W>(pool.keys + entries[start + p + kEarly - P] * pool.step, pool.K);
+      const C* key = pool.keys + entries[start + p] * pool.step;  // past the last: computed, and thrown away
+      for (int64_t i = 0; i < width; i += kChannels) {
+        Lanes a, b;
+        widen(key + i, W ? kChannels : pool.K - i, a, b);
+        for (int h = 0; h < N; ++h) total[p * N + h] += a * get(q + h * width + i);
+        for (int h = 0; h < N; ++h) total[p * N + h] += b * get(q + h * width + i + kLanes);
       }
-      const C* from = pool.keys + keys.next() * pool.step;
-      key[j] = direct ? reinterpret_cast<const float*>(from) : wide + j * q_stride;
-      if (!direct)
-        for (int64_t i = 0; i < K; i += kLanes) put(wide + j * q_stride + i, some(from + i, K - i));
     }
-    for (int h = 0; h < N; ++h) {
-      Lanes total[kLanes] = {};
-      for (int64_t i = 0; i < K; i += kLanes) {
-        const Lanes query = get(q + h * q_stride + i);
-        for (int j = 0; j < kLanes; ++j) total[j] += query * get(key[j] + i);
-      }
-      const Lanes score = order < int32_t(here) ? sums(total) : lanes(-INFINITY);
-      put(scores + h * stride + start, score);
-      most[h] = most[h] > score ? most[h] : score;
-    }
+    const Lanes score = lane < int32_t(std::min<int64_t>(P, n - start) * N) ? sums(total) : lanes(-INFINITY);
+    put(scores, score);
+    most = most > score ? most : score;
   }
+  const int64_t length = scores - scratch;
+  for (int64_t j = 0; j < std::min(n, kEarly); ++j) fetch<W>(pool.values + entries[j] * pool.step, pool.K);
+  Lanes top = {}, total = {};
   for (int h = 0; h < N; ++h) {
-    float top = most[h][0];
-    for (int j = 1; j < kLanes; ++j) top = std::max(top, most[h][j]);
-    Lanes total = {};
-    for (int64_t j = 0; j < stride; j += kLanes) {
-      const Lanes p = exponential(get(scores + h * stride + j) - lanes(top));
-      put(scores + h * stride + j, p);
-      total += p;
-    }
-    mass[h] = 0;
-    for (int j = 0; j < kLanes; ++j) mass[h] += total[j];
+    float highest = most[h];
+    for (int p = 1; p < P; ++p) highest = std::max(highest, most[p * N + h]);
+    for (int p = 0; p < P; ++p) top[p * N + h] = highest;
+  }
+  for (int64_t j = 0; j < length; j += kLanes) {
+    const Lanes e = exponential(get(scratch + j) - top);
+    put(scratch + j, e);
+    total += e;
+  }
+  float mass[N];
+  for (int h = 0; h < N; ++h) {
+    mass[h] = total[h];
+    for (int p = 1; p < P; ++p) mass[h] += total[p * N + h];
   }
   int64_t channel = 0;
-  for (; channel + 4 * kLanes <= K; channel += 4 * kLanes)
-    weigh<N, 4>(pool, walk, n, scores, stride, channel, mass, out, K);
-  for (; channel < K; channel += kLanes) weigh<N, 1>(pool, walk, n, scores, stride, channel, mass, out, K);
+  for (; channel + 2 * kChannels <= pool.K; channel += 2 * kChannels)
+    weigh<N, 2>(pool, entries, n, scratch, channel, mass, out);
+  for (; channel < pool.K; channel += kChannels) weigh<N, 1>(pool, entries, n, scratch, channel, mass, out);
 }
 
 }  // namespace octavo

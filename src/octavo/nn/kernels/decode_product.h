@@ -12,6 +12,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "vectors.h"
@@ -23,6 +25,7 @@ typedef float Lanes __attribute__((vector_size(64), may_alias));
 typedef float LooseLanes __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t Words __attribute__((vector_size(64), may_alias));
 typedef int32_t Wholes __attribute__((vector_size(64), may_alias));
+typedef int32_t Four __attribute__((aligned(1), may_alias));  // four numbers of 8 bits
 typedef int8_t Bytes __attribute__((vector_size(16), aligned(1), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
 
@@ -34,6 +37,14 @@ template <class To, class From> inline To as(From x) {
   static_assert(sizeof x == sizeof y, "");
   std::memcpy(&y, &x, sizeof y);
   return y;
+}
+// f(0), ..., f(N - 1), written out before anything else is done with the code: what an array holds then stays in
+// registers, which the compiler does not see to where it unrolls loops by itself.
+template <class F, int... I> inline __attribute__((always_inline)) void each_of(F& f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class F> inline __attribute__((always_inline)) void each(F&& f) {
+  each_of(f, std::make_integer_sequence<int, N>{});
 }
 inline Lanes get(const bf16* p) {
   return as<Lanes>(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Words) << 16);
@@ -119,7 +130,7 @@ void multiply_floats(const uint8_t* w, int64_t line, const float* x, int64_t str
     const int64_t end = std::min(depth, start + kPanel);
     for (int64_t k = start; k < end; k += 2) {
       Lanes even[B], odd[B];
-      for (int b = 0; b < B; ++b) {
+      each<B>([&](auto b) {
         __builtin_prefetch(w + kAhead + 64 * b);
         const Words bits = *reinterpret_cast<const Words*>(w + 64 * b);
         if (kNarrow) {
@@ -128,19 +139,20 @@ void multiply_floats(const uint8_t* w, int64_t line, const float* x, int64_t str
           __builtin_prefetch(w + kAhead + line + 64 * b);
           even[b] = as<Lanes>(bits), odd[b] = *reinterpret_cast<const Lanes*>(w + line + 64 * b);
         }
-      }
+      });
       w += kNarrow ? line : 2 * line;
-      for (int m = 0; m < M; ++m) {
+      each<M>([&](auto m) {
         const Lanes first = lanes(x[m * stride + k]), second = lanes(x[m * stride + k + 1]);
-        for (int b = 0; b < B; ++b) total[m][b] += even[b] * first;
-        for (int b = 0; b < B; ++b) total[m][b] += odd[b] * second;
-      }
+        each<B>([&](auto b) { total[m][b] += even[b] * first; });
+        each<B>([&](auto b) { total[m][b] += odd[b] * second; });
+      });
     }
-    for (int m = 0; m < M; ++m)
-      for (int b = 0; b < B; ++b) {
+    each<M>([&](auto m) {
+      each<B>([&](auto b) {
         float* to = y + m * y_stride + b * kLanes;
         put(to, start ? get(to) + total[m][b] : total[m][b]);
-      }
+      });
+    });
   }
 }
 
@@ -173,32 +185,28 @@ void multiply_codes(const uint8_t* w, int64_t line, const uint16_t* scales, int6
     Wholes sum[M][2][B] = {};
     for (int64_t k = i * group; k < (i + 1) * group; k += kInputs, w += line) {
       Words low[B], high[B];
-      for (int b = 0; b < B; ++b) {
+      each<B>([&](auto b) {
         __builtin_prefetch(w + kAhead + 64 * b);
         low[b] = *reinterpret_cast<const Words*>(w + 64 * b);
         if (kFour) high[b] = (low[b] >> 4) & 0x0f0f0f0fu, low[b] &= 0x0f0f0f0fu;
-      }
-      for (int m = 0; m < M; ++m)
-        for (int plane = 0; plane < 2; ++plane) {
-          const int8_t* x = planes + (2 * m + plane) * depth + k;
-          int32_t four[2];
-          std::memcpy(four, x, kInputs);
-          for (int b = 0; b < B; ++b) sum[m][plane][b] = dot(sum[m][plane][b], low[b], four[0]);
-          if (kFour)
-            for (int b = 0; b < B; ++b) sum[m][plane][b] = dot(sum[m][plane][b], high[b], four[1]);
-        }
+      });
+      each<2 * M>([&](auto row) {
+        const int8_t* x = planes + row * depth + k;
+        Wholes* to = sum[row / 2][row % 2];
+        each<B>([&](auto b) { to[b] = dot(to[b], low[b], *reinterpret_cast<const Four*>(x)); });
+        if (kFour) each<B>([&](auto b) { to[b] = dot(to[b], high[b], *reinterpret_cast<const Four*>(x + 4)); });
+      });
     }
-    for (int b = 0; b < B; ++b) {
+    each<B>([&](auto b) {
       const Lanes scale = from_fp16(scales + (i * width + b) * kLanes);
-      for (int m = 0; m < M; ++m) {
+      each<M>([&](auto m) {
         const int64_t at = (first + m) * groups + i;
         const Wholes whole = (sum[m][0][b] << 7) + sum[m][1][b] + rows.zero[size_t(at)];
         total[m][b] += __builtin_convertvector(whole, Lanes) * (scale * lanes(rows.unit[size_t(at)]));
-      }
-    }
+      });
+    });
   }
-  for (int m = 0; m < M; ++m)
-    for (int b = 0; b < B; ++b) put(y + m * y_stride + b * kLanes, total[m][b]);
+  each<M>([&](auto m) { each<B>([&](auto b) { put(y + m * y_stride + b * kLanes, total[m][b]); }); });
 }
 
 template <int M, int B>
@@ -206,27 +214,20 @@ void multiply_blocks(const Matrix& p, int64_t u, int64_t block, const Rows& rows
                      int64_t y_stride) {
   const uint8_t* w = p.weight + u * p.unit_bytes() + 64 * block;
   const float* x = rows.x + first * rows.stride;
-  const uint16_t* scales = p.scales + (u * (p.depth / std::max<int64_t>(p.group, 1)) * p.width + block) * kLanes;
   y += block * kLanes;
-  constexpr int C = B < 8 / M ? B : 8 / M;  // two planes: twice the accumulators
-  switch (p.format) {
-    case kFloat: return multiply_floats<M, B, false>(w, p.line(), x, rows.stride, p.depth, y, y_stride);
-    case kHalf: return multiply_floats<M, B, true>(w, p.line(), x, rows.stride, p.depth, y, y_stride);
-    default: break;
-  }
-  for (int b = 0; b < B; b += C, w += 64 * C, scales += C * kLanes, y += C * kLanes)
-    (p.format == kByte ? multiply_codes<M, C, false> : multiply_codes<M, C, true>)(
+  if (p.format == kFloat) return multiply_floats<M, B, false>(w, p.line(), x, rows.stride, p.depth, y, y_stride);
+  if (p.format == kHalf) return multiply_floats<M, B, true>(w, p.line(), x, rows.stride, p.depth, y, y_stride);
+  if constexpr (M <= 4) {
+    const uint16_t* scales = p.scales + (u * (p.depth / p.group) * p.width + block) * kLanes;
+    (p.format == kByte ? multiply_codes<M, B, false> : multiply_codes<M, B, true>)(
         w, p.line(), scales, p.width, rows, first, p.depth, p.group, y, y_stride);
+  }
 }
 
 template <int M>
 void multiply_unit(const Matrix& p, int64_t u, const Rows& rows, int64_t first, float* y, int64_t y_stride) {
-  constexpr int kMost = M > 4 ? 2 : 4;
   for (int64_t block = 0; block < p.width;) {
-    const int64_t left = p.width - block;
-    if (kMost >= 4 && left >= 4)
-      multiply_blocks<M, kMost>(p, u, block, rows, first, y, y_stride), block += 4;
-    else if (left >= 2)
+    if (p.width - block >= 2)
       multiply_blocks<M, 2>(p, u, block, rows, first, y, y_stride), block += 2;
     else
       multiply_blocks<M, 1>(p, u, block, rows, first, y, y_stride), block += 1;
@@ -235,10 +236,14 @@ void multiply_unit(const Matrix& p, int64_t u, const Rows& rows, int64_t first, 
 
 // y (n, y_stride) = rows times the weights of unit u, and the bias.
 inline void multiply(const Matrix& p, int64_t u, const Rows& rows, int64_t n, float* y, int64_t y_stride) {
+  // As many rows at a time as there are registers for: codes need two sums for each.
+  const int64_t most = p.format == kFloat || p.format == kHalf ? 12 : 4;
   for (int64_t first = 0; first < n;) {
     float* to = y + first * y_stride;
-    const int64_t left = n - first, now = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+    const int64_t left = std::min(n - first, most);
+    const int64_t now = left >= 12 ? 12 : left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
     switch (now) {
+      case 12: multiply_unit<12>(p, u, rows, first, to, y_stride); break;
       case 8: multiply_unit<8>(p, u, rows, first, to, y_stride); break;
       case 4: multiply_unit<4>(p, u, rows, first, to, y_stride); break;
       case 2: multiply_unit<2>(p, u, rows, first, to, y_stride); break;
