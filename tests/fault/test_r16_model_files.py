@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import struct
 
 import pytest
 from boxed import SCALE, Box
-from model_files import mutants, write
+from model_files import gguf_attacks, mutants, write
 
 SECONDS, MEBIBYTES = 1.0, 64
 SEED = 16
@@ -20,6 +21,8 @@ KINDS = {  # how many, and how many bytes at the start hold sizes and types
     "llama2.c 1": (100, 300),
     "llama2.c words": (100, 10**6),
     "gguf": (200, 14_000),
+    "gguf int4": (100, 14_000),
+    "gguf written here": (100, 14_000),
     "pickle": (100, 6_000),
 }
 
@@ -29,7 +32,7 @@ def sound(tmp_path_factory):
     """By kind: the file to attack, and the case that opens it."""
     found = {}
     for kind in KINDS:
-        if kind != "gguf" or importlib.util.find_spec("gguf"):
+        if not kind.startswith("gguf") or importlib.util.find_spec("gguf"):
             path = write(kind, tmp_path_factory.mktemp("sound"))
             given = path.with_name("model.bin") if kind == "llama2.c words" else path
             found[kind] = path, {"path": str(given), "kind": kind.split()[0]}
@@ -64,3 +67,54 @@ def test_mutated_files_are_models_or_refused(kind, sound, box, record):
     path.write_bytes(whole)
     assert refused > n / 4
     record("R16", n * SCALE, failures, seed=SEED, refused=refused, kind=kind)
+
+
+BENIGN = {"the type 2", "the type 8", "the type 39"}  # in a smaller type of the same shape the bytes are numbers too
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("gguf")])
+def test_claims_that_cannot_be_are_refused(kind, sound, box, tmp_path, record):
+    """Counts, lengths, sizes, types, offsets and names, each absurd in its own way: no memory is made for a claim."""
+    if kind not in sound:
+        pytest.skip("the optional package gguf is not installed, so nothing here was tested")
+    whole, failures, n = sound[kind][0].read_bytes(), [], 0
+    path = tmp_path / "m.gguf"
+    for name, raw in gguf_attacks(whole):
+        path.write_bytes(raw)
+        outcome = box.ask({"path": str(path), "kind": "gguf"})
+        problem = outcome.trouble(SECONDS, 16)
+        if not problem and not outcome.error and name not in BENIGN:
+            problem = f"was opened: {outcome.result}"
+        if not problem and outcome.error and (outcome.exit_code not in (2, 4) or str(path) not in outcome.error):
+            problem = f"exit code {outcome.exit_code}: {outcome.error}"
+        if problem:
+            failures.append(f"{name}: {problem}")
+        n += 1
+    record("R16", n, failures, attacks="claims", kind=kind)
+
+
+@pytest.mark.timeout(120)
+def test_a_tensor_that_nobody_asked_for_is_not_read(sound, box, tmp_path, record):
+    """A file with holes is long and takes no room on a disk: what lies in it is read once its shapes are right."""
+    if "gguf" not in sound:
+        pytest.skip("the optional package gguf is not installed, so nothing here was tested")
+    path, failures = tmp_path / "m.gguf", []
+    for name, shape in {"more.weight": (2**13, 2**14), "blk.1.ffn_up.weight": (2**14, 2**13)}.items():
+        raw = sound["gguf"][0].read_bytes()
+        at = raw.index(b"blk.1.ffn_up.weight")
+        entry = struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I2QIQ", 2, *shape[::-1], 0, 2**20)
+        if name in raw.decode("latin-1"):
+            raw = raw[: at - 8] + entry + raw[at + len(name) + 32 :]
+        else:
+            raw = raw[: at - 8] + entry + raw[at - 8 :]
+            raw = raw[:8] + struct.pack("<Q", struct.unpack_from("<Q", raw, 8)[0] + 1) + raw[16:]
+        with open(path, "wb") as file:
+            file.write(raw)
+            file.truncate(2**29 + 2**21)
+        outcome = box.ask({"path": str(path), "kind": "gguf"})
+        problem = outcome.trouble(SECONDS, 16) or ("" if outcome.error else "was opened")
+        failures += [f"{name}: {problem}"] if problem else []
+        if not outcome.error or "the tensors do not match" not in outcome.error:
+            failures.append(f"{name}: {outcome.error}")
+    record("R16", 2, failures, attacks="holes")

@@ -184,6 +184,18 @@ def assemble(
     return model.eval()
 
 
+def check_shapes(hf: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    """Whether tensors of these shapes are what a config.json of another program asks for, before any is read.
+
+    Raises:
+        CheckpointError: any missing, left over or of another shape.
+    """
+    config, family = model_config(hf), family_of(hf["model_type"]).of(hf)
+    if config.n_layers <= len(shapes):  # else ``assemble`` says so
+        own = dict(build(config, device="meta").named_parameters())
+        _from_foreign(family, config, own, {n: torch.empty(s, device="meta") for n, s in shapes.items()}, folder)
+
+
 def _from_foreign(
     family: Family, config: Decoder.Config, own: Mapping[str, Tensor], tensors: dict[str, Tensor], folder: Path
 ) -> dict[str, Tensor]:

@@ -260,8 +260,12 @@ def _dtype(file: GGUFFile) -> str:
 def _tensors(file: GGUFFile, config: Mapping[str, Any], architecture: Architecture) -> dict[str, Tensor | Codes]:
     import torch
 
+    from octavo.hub.folder import check_shapes
     from octavo.hub.small_weights import Codes
 
+    shapes = {name: (entry.shape, *_renamed(name, architecture)) for name, entry in file.tensors.items()}
+    wide = {theirs: (*shape[:1], 1, *shape[1:]) for shape, theirs, stem in shapes.values() if stem == "ssm_conv1d"}
+    check_shapes(config, {theirs: shape for shape, theirs, _ in shapes.values()} | wide, file.path)
     heads = {"attn_q": config.get("num_attention_heads", 1), "attn_k": config.get("num_key_value_heads", 1)}
     dtype = getattr(torch, config["dtype"])
     found: dict[str, Tensor | Codes] = {}

@@ -105,6 +105,9 @@ def open_file(path: Path) -> GGUFFile:
     except (_Damaged, struct.error, UnicodeDecodeError, ValueError) as error:
         what = "a text in it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
         raise CheckpointError(f"{path} is a damaged GGUF file: {what}", fix="fetch it again") from None
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise CheckpointError(f"{path} cannot be read: {why}", fix="see to the file and its rights") from None
 
 
 class _Damaged(Exception):

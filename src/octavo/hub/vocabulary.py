@@ -115,7 +115,7 @@ def sentencepiece(
     """
     ids = _ids(source, pieces)
     joinable = {piece: i for piece, i in ids.items() if kinds[i] in (NORMAL, USER_DEFINED)}
-    if longest := max(map(len, joinable), default=0) > MAX_PIECE_CHARS:
+    if (longest := max(map(len, joinable), default=0)) > MAX_PIECE_CHARS:
         raise CheckpointError(f"{source} has a vocabulary entry of {longest} characters", fix="fetch it again")
     merges = []
     for piece, i in joinable.items():
