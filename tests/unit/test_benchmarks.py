@@ -231,3 +231,11 @@ def test_duplicates_and_encoding_of_data(capsys):
     assert data.near(texts, 1, n=20, size=200)  # the same bytes from one process and from two
     assert data.encoding({"text": texts}, [], 1)  # the same ids as the reference
     assert "Near duplicates: 20 documents" in capsys.readouterr().out
+
+
+def test_deterministic(capsys):
+    deterministic = importlib.import_module("deterministic")
+    args = argparse.Namespace(requests=3, longest=20, tokens=2, rounds=1)
+    lines = deterministic.compare("tiny", deterministic.SHAPES["tiny"], args, ticking())
+    assert lines and all(line.startswith("| tiny | ") and line.count("|") == 6 for line in lines)
+    assert capsys.readouterr().out.splitlines() == lines
