@@ -17,7 +17,7 @@ from torch import Tensor
 from octavo.errors import ConfigError, NumericError, ResourceError
 from octavo.infer.blocks import Blocks
 from octavo.infer.drafts import Drafter, ModuleDraft
-from octavo.infer.executors import Executor, PassFailed, PlainExecutor, fastest
+from octavo.infer.executors import Executor, PassFailed, PlainExecutor, executor_of
 from octavo.infer.memory import Pool, bytes_of, free_bytes, kind_of
 from octavo.infer.request import Constraint, EngineConfig, Failure, Request, check_prompts
 from octavo.infer.said import Said
@@ -61,7 +61,7 @@ class Engine:
 
     Args:
         model: a predictor (``nn.contracts.Predictor``), not training.
-        executor: makes what runs the model on a pool; by default the fastest that can.
+        executor: makes what runs the model on a pool; by default as ``config.executor`` says.
         drafter: proposes tokens that the model then judges in one pass; the answers have the same distribution.
 
     Raises:
@@ -101,7 +101,9 @@ class Engine:
                 fix="lower max_tokens or max_sequences of the engine",
             ) from None
         plain = self._plain()
-        self.executor = executor(model, self.pool) if executor else fastest(model, self.pool, plain)
+        self.executor = (
+            executor(model, self.pool) if executor else executor_of(config.executor, model, self.pool, plain)
+        )
         if isinstance(drafter, ModuleDraft):
             self.executor, plain.observe = plain, drafter.observe
         self._order = itertools.count()
@@ -322,7 +324,7 @@ class Engine:
                         row.constraint.mask(own)
             prompts, produced = [row.prompt for row in rows], [row.produced for row in rows]
             chosen = choose(logits, request.config, prompts, produced, [row.stream for row in rows])
-        except (ConfigError, NumericError) as error:
+        except Exception as error:  # a grammar that leads nowhere, numbers that are none, or a bug
             if len(rows) > 1:  # one of them: each for itself
                 for row, own in zip(rows, given.unsqueeze(1), strict=True):
                     yield from self._choose([row], own)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from octavo.errors import ConfigError
 from octavo.infer import native
-from octavo.infer.memory import Pool
+from octavo.infer.memory import NextTokens, Pool
 from octavo.infer.scheduler import Work
 from octavo.models.decoder import Decoder
 from octavo.models.encoder_decoder import EncoderDecoder
 from octavo.nn.contracts import Inputs, Memory
 
+log = logging.getLogger(__name__)
+
 NATIVE_TOKENS = 16
-"""Tokens of a work that the native step reads; longer parts are matrix products, which torch does faster."""
+"""Tokens of a bf16 work that the native step reads where there are matrix tiles, which torch uses for longer parts."""
 
 
 class PassFailed(Exception):
@@ -104,7 +109,7 @@ class PlainExecutor:
 
 
 class NativeExecutor:
-    """Texts that go on, and short parts of prompts, in one native call (infer/native.py); the rest through ``plain``.
+    """Texts that go on and parts of prompts in one native call (infer/native.py); the rest through ``plain``.
 
     A row of the native step does not depend on the others in it, so this is deterministic whenever ``plain`` is: which
     of the two reads a work is decided by its own length.
@@ -114,6 +119,8 @@ class NativeExecutor:
         self.native, self.pool, self.plain = native.packed(model), pool, plain
         layers = [pool.buffers[f"{depth}.mixer"] for depth in range(self.native.n_layers)]
         self.keys, self.values = ([own[name] for own in layers] for name in ("k", "v"))
+        tiles = self.native.embedding.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+        self.most = NATIVE_TOKENS if tiles else sys.maxsize
 
     def __call__(self, works: Sequence[Work]) -> Iterable[tuple[Work, Tensor | None]]:
         own = [work for work in works if self._serves(work)]
@@ -128,7 +135,7 @@ class NativeExecutor:
 
     def _serves(self, work: Work) -> bool:
         sequence = work.sequence
-        return work.n + len(work.draft) <= NATIVE_TOKENS and not sequence.whole and not sequence.alone
+        return work.n + len(work.draft) <= self.most and not sequence.whole and not sequence.alone
 
     def _read(self, works: list[Work]) -> list[tuple[Work, Tensor | None]]:
         tokens, whose, slots, wanted = list[int](), list[int](), list[int](), list[int]()
@@ -149,6 +156,74 @@ class NativeExecutor:
         )  # fmt: skip
         parts = iter(logits.split([work.n_wanted for work in works if work.completes]))
         return [(work, next(parts) if work.completes else None) for work in works]
+
+
+class CompiledExecutor:
+    """Texts that go on by one token, through the model's own forward pass compiled; the rest through ``plain``.
+
+    It is compiled when it is first needed: once for a text alone, once for any number of them, each time about a
+    minute. What cannot be compiled, for want of a compiler or because of the model, is read by ``plain``.
+
+    Args:
+        backend: of torch.compile.
+    """
+
+    def __init__(self, model: Any, pool: Pool, plain: PlainExecutor, backend: Any = "inductor"):
+        self.model, self.pool, self.plain = model, pool, plain
+        self.step = torch.compile(self._step, fullgraph=True, backend=backend)
+        self.broken = not plain.has_hidden or bool(pool.memories) or not model.capabilities.compilable
+
+    def __call__(self, works: Sequence[Work]) -> Iterable[tuple[Work, Tensor | None]]:
+        own = [] if self.broken else [work for work in works if self._serves(work)]
+        rest = [work for work in works if work not in own]
+        for group in [[work] for work in own] if self.plain.deterministic else [own] if own else []:
+            try:
+                read = self._read(group)
+            except Exception as error:
+                if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                    raise PassFailed(group, error) from error
+                self.broken = True  # nothing of the pass was run
+                log.warning("the decode step cannot be compiled, it is read plainly: %s", str(error).split("\n", 1)[0])
+                read = self.plain(group)
+            yield from read
+        if rest:
+            yield from self.plain(rest)
+
+    def _serves(self, work: Work) -> bool:
+        return work.n == 1 and not work.draft and not work.sequence.whole and not work.sequence.alone
+
+    @torch.inference_mode()
+    def _read(self, works: list[Work]) -> list[tuple[Work, Tensor | None]]:
+        sequences, device = [work.sequence for work in works], self.pool.device
+        widest = max(2, *(len(s.table) for s in sequences))  # a size of 1 is compiled for itself
+        tables = torch.tensor([[*s.table, *[0] * (widest - len(s.table))] for s in sequences], device=device)
+        numbers = torch.tensor([[s.tokens[s.length], s.length, s.slot] for s in sequences], device=device)
+        if len(works) > 1:
+            torch._dynamo.maybe_mark_dynamic(numbers, 0)
+            torch._dynamo.maybe_mark_dynamic(tables, 0)
+        torch._dynamo.maybe_mark_dynamic(tables, 1)
+        logits = self.step(numbers, tables)
+        return [(work, own if work.completes else None) for work, own in zip(works, logits, strict=True)]
+
+    def _step(self, numbers: Tensor, tables: Tensor) -> Tensor:
+        """Logits (B, 1, V) after one more token of each; numbers (B, 3): token, tokens held, slot."""
+        tokens, lengths, slots = numbers.unbind(1)
+        state = NextTokens(self.pool, lengths, slots, tables)
+        hidden = self.model(Inputs(tokens[:, None]), state=state, needs=("hidden",)).hidden
+        return self.model.logits(hidden)
+
+
+def executor_of(kind: str, model: Any, pool: Pool, plain: PlainExecutor) -> Executor:
+    """The executor that ``EngineConfig.executor`` names.
+
+    Raises:
+        ConfigError: the native step does not serve the model, or cannot be built.
+    """
+    if kind == "compiled":
+        return CompiledExecutor(model, pool, plain)
+    if kind == "native" and (why := native.unsuitable(model) or native.library()[1]):
+        raise ConfigError(f"the native step does not serve this model: {why}", fix="use executor auto")
+    return plain if kind == "plain" else fastest(model, pool, plain)
 
 
 def fastest(model: Any, pool: Pool, plain: PlainExecutor) -> Executor:

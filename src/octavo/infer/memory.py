@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from octavo.errors import UnsupportedError
+from octavo.infer.pages import zeros
 from octavo.nn.contracts import Context, Inputs, Keys
 from octavo.nn.state import LayerState, State, StateSpec, append_to_ring, place, ring_marks
 
@@ -58,7 +59,7 @@ class Pool:
                     "ring": (n_slots, min(field.length or 0, max_tokens) + 1),
                     "memory": (n_slots, field.length or 0),
                 }[field.kind]
-                own[name] = torch.zeros(*leading, *field.shape, dtype=field.dtype or dtype, device=device)
+                own[name] = zeros(*leading, *field.shape, dtype=field.dtype or dtype, device=self.device)
             self.buffers[layer] = own | ring_marks(spec, n_slots, max_tokens, device)
         fields = [field for spec in self.specs.values() for field in spec.values()]
         self.only_tokens = all(field.kind == "token" for field in fields)
@@ -216,6 +217,31 @@ class PagedState(State):
     @property
     def payload_bytes(self) -> int:
         return self.pool.block_bytes * self.tables.numel() + self.pool.slot_bytes * len(self.slots)
+
+
+class NextTokens(PagedState):
+    """Some sequences of a pool, each for one more token: told in tensors alone, so that one compiled pass serves all.
+
+    It reads as many entries as its tables have, and masks those that hold nothing.
+    """
+
+    def __init__(self, pool: Pool, lengths: Tensor, slots: Tensor, tables: Tensor) -> None:
+        self.pool, self.lengths, self.slots, self.tables = pool, lengths, slots, tables
+        self.places = ()
+        self.last_doc = torch.where(lengths > 0, 0, -1)
+        self.layers = {name: _PagedLayer(self, name) for name in pool.specs}
+
+    def begin(self, inputs: Inputs) -> Context:
+        ctx, self.lengths, self.last_doc, _ = place(inputs, self.lengths, self.last_doc, torch.zeros_like(self.lengths))
+        if not self.pool._tokens:
+            return ctx
+        size, tables = self.pool.block_size, self.tables
+        self.written = tables.gather(1, ctx.slots // size) * size + ctx.slots % size
+        order = torch.arange(tables.shape[1] * size, device=tables.device)
+        self.entries = tables[:, order // size] * size + order % size
+        filled = torch.where(order < self.lengths[:, None], order, -1)
+        ctx.keys = Keys(filled, torch.zeros_like(filled))
+        return ctx
 
 
 class _PagedLayer(LayerState):

@@ -44,6 +44,9 @@ class EngineConfig(Config):
     step_tokens: int = Field(default=512, ge=1, description="Tokens read in a step at most; never less than a chunk.")
     chunk: int = Field(default=256, ge=1, description="Tokens of one prompt read in a step at most.")
     share_prefixes: bool = Field(default=True, description="Texts that begin alike share their memory.")
+    executor: Literal["auto", "plain", "compiled", "native"] = Field(
+        default="auto", description="What runs the model; auto: native where it serves the model, else plain."
+    )
     deterministic: bool = Field(default=False, description="Every answer is bit for bit the one it would be alone.")
 
 
