@@ -42,7 +42,7 @@ MAY_SEE: dict[str, set[str]] = {
     "presets": {"hub", "models"},
 }
 # These put the rooms together; only the command line stands above them.
-ASSEMBLY = {"comparing", "config", "count", "feed", "language_model", "launch", "pipeline", "plan", "repeat"}
+ASSEMBLY = {"certify", "comparing", "config", "count", "feed", "language_model", "launch", "pipeline", "plan", "repeat"}
 
 TORCH_FREE = (
     "octavo", "octavo.run", "octavo.schema", "octavo.cli.main",

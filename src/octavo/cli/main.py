@@ -64,6 +64,7 @@ VERBS: dict[str, Verb] = {
     "ablate": Verb("octavo.cli.ablate", KNOW, "Train a recipe with several values of some keys, and compare."),
     "report": Verb("octavo.cli.report", KNOW, "Write the report page of a run, or of several side by side."),
     "checkpoint": Verb("octavo.cli.checkpoint", KNOW, "Read saved training state again: is every byte as it was?"),
+    "certify": Verb("octavo.cli.certify", KNOW, "Compare training, engine, transformers and llama.cpp on one model."),
     "verify": Verb("octavo.cli.verify", KNOW, "Run every law on a component, and show whose numbers it agrees with."),
     "explain": Verb("octavo.cli.explain", KNOW, "What a component is: formula, shapes, cost, settings, proof."),
     "data": Verb("octavo.cli.data", MOVE, "Read, clean, check and pack text; show what a step sees."),
