@@ -21,11 +21,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+from page import put
 from train import P26, processor
 
 HERE = Path(__file__).parent
@@ -33,6 +34,8 @@ SHAPES = {
     "p26": P26 | {"qkv_bias": False},
     "qwen2-0.5b": {"vocab_size": 151936, "d_model": 896, "n_layers": 24, "n_heads": 14, "n_kv_heads": 2, "d_ff": 4864,
                    "qkv_bias": True},
+    "smollm2-135m": {"vocab_size": 49152, "d_model": 576, "n_layers": 30, "n_heads": 9, "n_kv_heads": 3, "d_ff": 1536,
+                     "qkv_bias": False},
 }  # fmt: skip
 MODES = {"fp32": "F32", "bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 # One round: n new tokens for each row; the seconds to the first, and of the others.
@@ -41,7 +44,7 @@ Round = Callable[[int], tuple[float, float]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="p26")
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["p26"])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -50,23 +53,35 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--peers", nargs="*", default=["transformers", "transformers-static"])
     parser.add_argument("--llama-cpp", metavar="PYTHON", help="an interpreter with llama-cpp-python, numpy and gguf")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     import torch
 
     torch.set_num_threads(args.threads)
-    shape, clock = SHAPES[args.shape], time.perf_counter if args.threads > 1 else time.process_time
-    print(f"{processor()}, {args.threads} threads, {args.shape}, context {args.context}, {args.tokens} tokens, "
-          f"{args.rounds} rounds, roof {roof(args.threads, clock) / 1e9:.1f} GB/s\n")  # fmt: skip
-    print("| weights | batch | engine | tokens/s (least to most) | of octavo's | first token, ms | GB/s of weights |")
-    print("|---|---|---|---|---|---|---|", flush=True)
-    for mode in args.modes:
-        for batch in args.batch:
-            engines, n_bytes = build_engines(mode, batch, shape, args, clock)
-            measure(mode, batch, engines, n_bytes, args)
+    clock = time.perf_counter if args.threads > 1 else time.process_time
+    lines = list[str]()
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+        lines.append(line)
+
+    say(f"{processor()}, {args.threads} threads, context {args.context}, {args.tokens} tokens, {args.rounds} rounds; "
+        f"a plain loop over large pages reads {roof(args.threads, clock) / 1e9:.1f} GB/s.\n")  # fmt: skip
+    say("| model | weights | texts | engine | tokens/s (least to most) | Octavo is x times | first token, ms "
+        "| weights read, GB/s |")  # fmt: skip
+    say("|---|---|--:|---|--:|--:|--:|--:|")
+    for name in args.shape:
+        for mode in args.modes:
+            for batch in args.batch:
+                engines, n_bytes = build_engines(mode, batch, SHAPES[name], args, clock)
+                for line in measure(engines, batch, n_bytes, args):
+                    say(f"| {name} | {mode} | {batch} {line}")
+    if args.write:
+        put("performance.md", "decode", "\n".join(lines))
 
 
-def measure(mode: str, batch: int, engines: dict[str, Round], n_bytes: int, args: argparse.Namespace) -> None:
+def measure(engines: dict[str, Round], batch: int, n_bytes: int, args: argparse.Namespace) -> Iterator[str]:
     for engine in engines.values():
         engine(3)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
@@ -79,8 +94,8 @@ def measure(mode: str, batch: int, engines: dict[str, Round], n_bytes: int, args
         first = statistics.median(first for first, _ in times[name])
         rate = statistics.median(found)
         read = f"{rate / batch * n_bytes / 1e9:.1f}" if name == "octavo" else ""
-        print(f"| {mode} | {batch} | {name} | {rate:,.0f} ({min(found):,.0f} to {max(found):,.0f}) | {1 / ratio:.2f} "
-              f"| {1e3 * first:.1f} | {read} |", flush=True)  # fmt: skip
+        yield (f"| {name} | {rate:,.0f} ({min(found):,.0f} to {max(found):,.0f}) | {ratio:.2f} | {1e3 * first:.0f} "
+               f"| {read} |")  # fmt: skip
 
 
 def roof(threads: int, clock: Callable[[], float]) -> float:
@@ -123,6 +138,7 @@ def octavo(mode: str, shape: dict[str, Any], ids: Any, args: argparse.Namespace,
     import torch
 
     from octavo.infer.native import NativeModel
+    from octavo.infer.pages import zeros
     from octavo.models.decoder import Decoder, build
 
     attention = {"kind": "attention", "n_heads": shape["n_heads"], "n_kv_heads": shape["n_kv_heads"]}
@@ -136,7 +152,8 @@ def octavo(mode: str, shape: dict[str, Any], ids: Any, args: argparse.Namespace,
     model = build(config).eval().to(dtype)
     made = NativeModel(model, "model" if mode in ("fp32", "bf16") else mode, threads=args.threads)  # type: ignore[arg-type]
     (batch, context), room = ids.shape, 512
-    keys, values = ([torch.zeros(batch * room, *made.heads, dtype=dtype) for _ in range(made.n_layers)] for _ in "kv")
+    pool = (batch * room, *made.heads)
+    keys, values = ([zeros(*pool, dtype=dtype, device=torch.device("cpu")) for _ in range(made.n_layers)] for _ in "kv")
     tables, rows = torch.arange(batch, dtype=torch.int32)[:, None], torch.arange(batch)
 
     def step(tokens: Any, sequence: Any, slots: Any, wanted: Any) -> Any:
