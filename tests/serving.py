@@ -1,5 +1,6 @@
 """A server around a scripted model: in process without a socket, or on a socket of its own."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -9,14 +10,15 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, context
 from typing import Any
 
 import httpx
+from fastapi import FastAPI
 from scripted import Scripted
 
 from octavo.models.decoder import Decoder, build
 from octavo.serve.app import create_app, serve_all
 from octavo.serve.embeddings import Vectors
-from octavo.serve.listen import bind, make_server
+from octavo.serve.listen import Server, bind, make_server
 from octavo.serve.metrics import Metrics
-from octavo.serve.service import Service
+from octavo.serve.service import LookUp, Service
 from octavo.serve.settings import ServeConfig
 from octavo.tokenizer import CHATML, Byte, Tokenizer, train
 
@@ -70,8 +72,8 @@ def events(response: httpx.Response) -> list[dict]:
 class Live:
     """A running server and what a test wants to see of it."""
 
-    def __init__(self, port: int, model: Scripted, gate) -> None:
-        self.port, self.model, self.gate = port, model, gate
+    def __init__(self, port: int, model: Scripted, app: FastAPI, server: Server) -> None:
+        self.port, self.model, self.gate, self.app, self._server = port, model, app.state.gate, app, server
         self.url = f"http://127.0.0.1:{port}"
 
     def post(self, seconds: float = 30, **more: object) -> httpx.Response:
@@ -92,6 +94,11 @@ class Live:
         found = [float(own.rpartition(" ")[2]) for own in text.splitlines() if own.startswith(line)]
         return sum(found)
 
+    @property
+    def tasks(self) -> int:
+        """What its event loop has to do: one task a connection, and its own."""
+        return len(asyncio.all_tasks(self._server.servers[0].get_loop()))
+
     def settled(self) -> None:
         """Wait until nothing is open, then until the model has stopped."""
         until = time.monotonic() + 5
@@ -109,6 +116,7 @@ def live(
     name: str = "tiny",
     others: Mapping[str, str] | None = None,
     model: Any = None,
+    look_up: LookUp | None = None,
     **more: object,
 ) -> Iterator[Live]:
     """A server on a socket of its own, in a thread.
@@ -125,7 +133,7 @@ def live(
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     metrics = Metrics()
     vectors = Vectors(model, tokenizer) if hasattr(model, "config") else None
-    services = [Service(model, tokenizer, name, config, vectors=vectors, metrics=metrics)]
+    services = [Service(model, tokenizer, name, config, look_up, vectors=vectors, metrics=metrics)]
     for other, says in (others or {}).items():
         scripted = Scripted([*tokenizer.encode(says), tokenizer.special.eos], tokenizer.vocab_size)
         services.append(Service(scripted, tokenizer, other, config, metrics=metrics))
@@ -136,7 +144,7 @@ def live(
     while not server.started:
         time.sleep(0.01)
     try:
-        yield Live(sock.getsockname()[1], model, app.state.gate)
+        yield Live(sock.getsockname()[1], model, app, server)
     finally:
         server.should_exit = True
         thread.join(10)

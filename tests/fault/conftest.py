@@ -6,9 +6,34 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
+import serving
+from forked_server import Parent
+
+from octavo.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """One token a byte, with a chat template."""
+    return serving.chat_tokenizer()
+
+
+@pytest.fixture
+def live(tokenizer: Tokenizer) -> Callable[..., Any]:
+    """``with live(reply=..., settings=...) as server``: a server in a thread of this process."""
+    return partial(serving.live, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parent]:
+    """``with running(forks, reply=..., settings=...) as server``: a server in a process of its own."""
+    parent = Parent(tmp_path_factory.mktemp("servers"))
+    yield parent
+    parent.close()
 
 
 @pytest.fixture

@@ -11,9 +11,13 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse, Response
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.routing import APIRoute
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 
+from octavo import __version__
 from octavo.serve import protocol
 from octavo.serve.answers import Answer, EventStream, stop_when_gone
 from octavo.serve.body import Bodies, parse_object
@@ -43,6 +47,21 @@ ENDPOINTS: dict[str, type[Asked]] = {
     "/v1/completions": CompletionRequest,
     "/v1/embeddings": EmbeddingRequest,
     "/v1/responses": ResponseRequest,
+}
+
+_TEXT = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+_ERROR = {"message": {"type": "string"}, "type": {"type": "string"}, "param": _TEXT, "code": _TEXT}
+_OBJECT = {"type": "object", "properties": _ERROR, "required": [*_ERROR], "additionalProperties": False}
+REFUSED: dict[int | str, dict[str, Any]] = {
+    status: {
+        "description": "Refused: what is wrong, and the field that is.",
+        "content": {
+            "application/json": {
+                "schema": {"type": "object", "properties": {"error": _OBJECT}, "required": ["error"]},
+            }
+        },
+    }
+    for status in ("4XX", "5XX")
 }
 
 
@@ -173,12 +192,12 @@ def serve_all(services: Sequence[Service], config: ServeConfig, metrics: Metrics
     async def livez() -> dict[str, str]:
         return {"status": "alive"}
 
-    @app.get("/readyz")
+    @app.get("/readyz", responses={503: {"description": "Not ready; the body says why."}})
     async def readyz() -> Response:
         reason = desk.not_ready()
         return JSONResponse({"status": reason or "ready"}, 503 if reason else 200)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def all_metrics() -> Response:
         return Response(metrics.text(desk.figures()), media_type=CONTENT_TYPE)
 
@@ -186,17 +205,20 @@ def serve_all(services: Sequence[Service], config: ServeConfig, metrics: Metrics
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [desk.entry(service) for service in services]}
 
-    @app.get("/v1/models/{model_id:path}")
+    @app.get("/v1/models/{model_id:path}", responses=REFUSED)
     async def one_model(model_id: str) -> dict[str, Any]:
         return desk.entry(desk.find(model_id))
 
     def add_endpoint(path: str, kind: type[Asked]) -> None:
-        @app.post(path, openapi_extra=_described(kind), name=path.rpartition("/")[2])
+        kinds = {"application/json": {}} | ({} if kind is EmbeddingRequest else {"text/event-stream": {}})
+
+        @app.post(path, name=path.rpartition("/")[2], responses={200: {"content": kinds}, **REFUSED})
         async def endpoint(request: HttpRequest) -> Response:
             return await desk.answer(request, kind)
 
     for path, kind in ENDPOINTS.items():
         add_endpoint(path, kind)
+    _describe(app)
     app.add_middleware(_Counted, metrics=metrics, routes=frozenset(route.path for route in app.routes))  # type: ignore[attr-defined]
     return app
 
@@ -219,8 +241,17 @@ class _Counted:
         await self.app(scope, receive, send_counted if scope["type"] == "http" else send)
 
 
-def _described(kind: type[Any]) -> dict[str, Any]:
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": kind.model_json_schema()}}}}
+def _describe(app: FastAPI) -> None:
+    """/openapi.json: the bodies, which the routes read themselves, and the one form of a refusal."""
+    where = "#/components/schemas/{model}"
+    bodies, found = models_json_schema([(kind, "validation") for kind in ENDPOINTS.values()], ref_template=where)
+    for route in app.routes:
+        if isinstance(route, APIRoute) and (kind := ENDPOINTS.get(route.path)):
+            content = {"application/json": {"schema": bodies[kind, "validation"]}}
+            route.openapi_extra = {"requestBody": {"required": True, "content": content}}
+    document = get_openapi(title="Octavo", version=__version__, routes=app.routes)
+    document.setdefault("components", {}).setdefault("schemas", {}).update(found["$defs"])
+    app.openapi = lambda: document
 
 
 def _add_errors(app: FastAPI) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import BeforeValidator, Field
 
 from octavo.infer.embed import embed_in_batches
-from octavo.serve.protocol import Strict, listed
+from octavo.serve.protocol import Strict, Tokens, listed
 from octavo.serve.refusal import ApiError
 from octavo.serve.worker import Job, Worker
 from octavo.tokenizer import Tokenizer
@@ -24,7 +24,7 @@ class EmbeddingRequest(Strict):
     """POST /v1/embeddings"""
 
     model: str
-    input: Annotated[list[str] | list[int] | list[list[int]], BeforeValidator(listed)]
+    input: Annotated[Tokens, BeforeValidator(listed, json_schema_input_type=str | Tokens)]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(default=None, ge=1)
 

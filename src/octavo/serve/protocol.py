@@ -60,6 +60,11 @@ def _as_text(value: Any) -> Any:
     return "".join(texts)
 
 
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
 class CalledFunction(Strict):
     name: str
     arguments: str
@@ -80,7 +85,9 @@ class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     tool_calls: list[ToolCall] = Field(default_factory=list, max_length=MAX_TOOLS)
     tool_call_id: str | None = Field(default=None, validate_default=True)
-    content: Annotated[str | None, BeforeValidator(_as_text)] = Field(default=None, validate_default=True)
+    content: Annotated[str | None, BeforeValidator(_as_text, json_schema_input_type=str | list[TextPart] | None)] = (
+        Field(default=None, validate_default=True)
+    )
     name: str | None = None
 
     @field_validator("tool_calls", "tool_call_id", "content")
@@ -162,6 +169,11 @@ class ResponseFormat(Strict):
         return value
 
 
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+Stops = Annotated[list[Stop], Field(max_length=MAX_STOP)]
+Tokens = list[str] | list[int] | list[list[int]]
+
+
 class _Request(Strict):
     model: str
     max_tokens: int | None = Field(default=None, ge=1, lt=2**31)
@@ -179,9 +191,7 @@ class _Request(Strict):
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict, max_length=1024)
     n: int = Field(default=1, ge=1, le=MAX_ROWS)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: Annotated[list[Annotated[str, StringConstraints(min_length=1, max_length=256)]], BeforeValidator(listed)] = (
-        Field(default_factory=list, max_length=MAX_STOP)
-    )
+    stop: Annotated[Stops, BeforeValidator(listed, json_schema_input_type=Stop | Stops)] = Field(default_factory=list)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     priority: int = Field(default=0, ge=-100, le=100, description="smaller goes first")
@@ -196,14 +206,16 @@ class ChatRequest(_Request):
     top_logprobs: int = Field(default=0, ge=0, le=20)
     response_format: ResponseFormat | None = None
     tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
-    tool_choice: Annotated[ToolChoice, BeforeValidator(_as_choice)] = ToolChoice(type="auto")
+    tool_choice: Annotated[
+        ToolChoice, BeforeValidator(_as_choice, json_schema_input_type=Literal["none", "auto", "required"] | ToolChoice)
+    ] = ToolChoice(type="auto")
     parallel_tool_calls: bool = True
 
 
 class CompletionRequest(_Request):
     """POST /v1/completions"""
 
-    prompt: Annotated[list[str] | list[int] | list[list[int]], BeforeValidator(listed)]
+    prompt: Annotated[Tokens, BeforeValidator(listed, json_schema_input_type=str | Tokens)]
     echo: bool = False
     best_of: int | None = Field(
         default=None, ge=1, le=MAX_ROWS, description="drawn for each prompt; the best n are given"
@@ -238,7 +250,7 @@ def validate(kind: type[Strict], body: Mapping[str, Any]) -> Any:
         missing = error["type"] == "missing"
         path = [part for part in error["loc"] if not (isinstance(part, str) and "[" in part)]
         message = "This field is required." if missing else f"{error['msg']}."
-        name = param_name(path)
+        name = param_name(path) or param_name(path[:-1])
         raise ApiError(
             400,
             f"{name}: {message}" if name else message,

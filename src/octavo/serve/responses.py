@@ -28,12 +28,17 @@ def _as_text(value: Any) -> Any:
     return "".join(texts)
 
 
+class InputPart(Strict):
+    type: Literal["input_text", "output_text", "text"]
+    text: str
+
+
 class InputMessage(Strict):
     """One turn; an earlier answer may come back as it was given."""
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_as_text)]
+    content: Annotated[str, BeforeValidator(_as_text, json_schema_input_type=str | list[InputPart])]
     id: str | None = None
     status: str | None = None
     phase: str | None = None

@@ -59,7 +59,8 @@ class Service:
     ):
         self.model, self.tokenizer, self.name, self.config = model, tokenizer, name, config
         self.look_up, self.vectors = look_up, vectors
-        engine = EngineConfig(max_sequences=config.max_sequences, max_tokens=config.max_tokens)
+        shared = {name: getattr(config, name) for name in ("max_sequences", "max_tokens", "deterministic")}
+        engine = EngineConfig(**shared)
 
         def make() -> Engine:
             return Engine(model, tokenizer, engine, drafter=drafter() if drafter else None)

@@ -19,6 +19,7 @@ class ServeConfig(Config):
     max_requests: int = Field(default=128, ge=1, description="accepted and not yet answered; more must come back")
     max_sequences: int = Field(default=32, ge=1, description="texts decoded together by a model; others wait")
     max_tokens: int | None = Field(default=None, ge=1, description="tokens of state of a model; default: what fits")
+    deterministic: bool = Field(default=False, description="every answer is bit for bit the one it would be alone")
     grace_seconds: float = Field(default=20.0, ge=0, description="how long streams may go on after SIGTERM")
     header_seconds: float = Field(default=10.0, gt=0)
     body_seconds: float = Field(default=30.0, gt=0)
