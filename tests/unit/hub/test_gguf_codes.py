@@ -81,6 +81,11 @@ def test_a_model_keeps_the_codes_of_its_file(name, kind, tmp_path):
     assert {(m.bits, m.group) for m in small.values()} == {(KINDS[kind], 32)}
     up = lm.model.blocks[1].layers["channel"].mixer.up.weight.numpy()
     assert np.array_equal(up, wanted["blk.1.ffn_up.weight"])
+    attention = lm.model.blocks[0].layers["mixer"].mixer
+    for leaf, heads in (("q", 4), ("k", 2)):
+        weight = getattr(attention, leaf).weight.numpy()
+        stored = gguf_models.permuted(weight, heads) if name.startswith("llama") else weight
+        assert np.array_equal(stored, wanted[f"blk.0.attn_{leaf}.weight"])
     assert np.array_equal(lm.model.head.weight.numpy(), wanted.get("output.weight", wanted["token_embd.weight"]))
     assert torch.equal(lm.logits(TOKENS), plain.logits(TOKENS))
     own = dict(dequantized(lm.model).named_parameters())
