@@ -55,7 +55,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "cached": {"max_sequences": 1, "block_size": CONTEXT, "share_prefixes": False},
     "batched": {"max_sequences": 8, "block_size": CONTEXT, "share_prefixes": False},
     "paged and chunked": {**PAGED, "max_sequences": 8, "share_prefixes": False},
-    "shared": {**PAGED, "max_sequences": 4},
+    "shared": {**PAGED, "max_sequences": 16},
     "pre-empted": {**PAGED, "max_sequences": 6, "max_tokens": 80, "share_prefixes": False},
     "deterministic": {**PAGED, "max_sequences": 6, "max_tokens": 80, "deterministic": True},
 }
