@@ -209,6 +209,9 @@ void multiply_codes(const uint8_t* w, int64_t line, const uint16_t* scales, int6
   each<M>([&](auto m) { each<B>([&](auto b) { put(y + m * y_stride + b * kLanes, total[m][b]); }); });
 }
 
+// As many rows at a time as there are registers for: codes need two sums for each.
+constexpr int kMostRows = 12, kMostRowsOfCodes = 4;
+
 template <int M, int B>
 void multiply_blocks(const Matrix& p, int64_t u, int64_t block, const Rows& rows, int64_t first, float* y,
                      int64_t y_stride) {
@@ -217,7 +220,7 @@ void multiply_blocks(const Matrix& p, int64_t u, int64_t block, const Rows& rows
   y += block * kLanes;
   if (p.format == kFloat) return multiply_floats<M, B, false>(w, p.line(), x, rows.stride, p.depth, y, y_stride);
   if (p.format == kHalf) return multiply_floats<M, B, true>(w, p.line(), x, rows.stride, p.depth, y, y_stride);
-  if constexpr (M <= 4) {
+  if constexpr (M <= kMostRowsOfCodes) {
     const uint16_t* scales = p.scales + (u * (p.depth / p.group) * p.width + block) * kLanes;
     (p.format == kByte ? multiply_codes<M, B, false> : multiply_codes<M, B, true>)(
         w, p.line(), scales, p.width, rows, first, p.depth, p.group, y, y_stride);
@@ -226,29 +229,22 @@ void multiply_blocks(const Matrix& p, int64_t u, int64_t block, const Rows& rows
 
 template <int M>
 void multiply_unit(const Matrix& p, int64_t u, const Rows& rows, int64_t first, float* y, int64_t y_stride) {
-  for (int64_t block = 0; block < p.width;) {
-    if (p.width - block >= 2)
-      multiply_blocks<M, 2>(p, u, block, rows, first, y, y_stride), block += 2;
-    else
-      multiply_blocks<M, 1>(p, u, block, rows, first, y, y_stride), block += 1;
-  }
+  int64_t block = 0;
+  for (; block + 2 <= p.width; block += 2) multiply_blocks<M, 2>(p, u, block, rows, first, y, y_stride);
+  if (block < p.width) multiply_blocks<M, 1>(p, u, block, rows, first, y, y_stride);
 }
 
-// y (n, y_stride) = rows times the weights of unit u, and the bias.
+// y (n, y_stride) = rows times the weights of unit u, and the bias. The rows are shared out evenly among as few passes
+// over the weights as will do: a pass with one row takes as long as one with four.
 inline void multiply(const Matrix& p, int64_t u, const Rows& rows, int64_t n, float* y, int64_t y_stride) {
-  // As many rows at a time as there are registers for: codes need two sums for each.
-  const int64_t most = p.format == kFloat || p.format == kHalf ? 12 : 4;
+  using Pass = void (*)(const Matrix&, int64_t, const Rows&, int64_t, float*, int64_t);
+  static constexpr Pass kPasses[kMostRows] = {
+      multiply_unit<1>, multiply_unit<2>, multiply_unit<3>, multiply_unit<4>,  multiply_unit<5>,  multiply_unit<6>,
+      multiply_unit<7>, multiply_unit<8>, multiply_unit<9>, multiply_unit<10>, multiply_unit<11>, multiply_unit<12>};
+  const int64_t most = p.format == kFloat || p.format == kHalf ? kMostRows : kMostRowsOfCodes;
   for (int64_t first = 0; first < n;) {
-    float* to = y + first * y_stride;
-    const int64_t left = std::min(n - first, most);
-    const int64_t now = left >= 12 ? 12 : left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-    switch (now) {
-      case 12: multiply_unit<12>(p, u, rows, first, to, y_stride); break;
-      case 8: multiply_unit<8>(p, u, rows, first, to, y_stride); break;
-      case 4: multiply_unit<4>(p, u, rows, first, to, y_stride); break;
-      case 2: multiply_unit<2>(p, u, rows, first, to, y_stride); break;
-      default: multiply_unit<1>(p, u, rows, first, to, y_stride);
-    }
+    const int64_t passes = (n - first + most - 1) / most, now = (n - first) / passes;
+    kPasses[now - 1](p, u, rows, first, y + first * y_stride, y_stride);
     first += now;
   }
   if (p.bias == nullptr) return;
