@@ -131,6 +131,75 @@ def test_lookup_takes_the_last_time_it_was_said():
     assert PromptLookup().propose([(Sequence([1, 2], 2, (0, 0)), 9)]) == [[]]
 
 
+@pytest.mark.parametrize("kind", ["attention", "mamba2"])
+@pytest.mark.parametrize("draft", ["lookup", "model", "module"])
+def test_sampled_text_has_the_models_distribution(kind, draft, tokenizer):
+    """Chi-square over three tokens drawn through the engine: drafts are read, kept and put back around the third."""
+    if (kind, draft) == ("mamba2", "module"):
+        with pytest.raises(ConfigError, match="cannot go back"):
+            ModuleDraft(model_of(kind, multi_token={"n_modules": 1}))
+        return
+    model = model_of(kind, vocab_size=259, multi_token={"n_modules": 1} if draft == "module" else None)
+    other = model_of("attention", vocab_size=259, d_model=16)
+    with torch.no_grad():
+        for made in (model, other):
+            made.embed.weight[:3] *= 6  # the draft speaks of few tokens, so that it is sometimes right
+    kept = SamplingConfig(max_new_tokens=4, temperature=4, top_k=3, seed=0, logit_bias=dict.fromkeys(range(3), 90.0))
+    prompt, n = [0, 1, 2, 0, 1], 300
+    drafter = {
+        "lookup": PromptLookup, "model": lambda: ModelDraft(other, 2),
+        "module": lambda: ModuleDraft(model),
+    }[draft]()  # fmt: skip
+    engine = Engine(model, tokenizer, EngineConfig(max_sequences=60, max_tokens=60 * 64), drafter=drafter)
+    found: collections.Counter[tuple[int, ...]] = collections.Counter()
+    for first in range(0, n, 60):
+        requests = [Request(prompt, kept, first_stream=first + i) for i in range(60)]
+        for request in requests:
+            engine.add(request)
+        found.update(tuple(rows[0][:3]) for rows in answers(engine, requests))
+    p = {(): 1.0}
+    for _ in range(3):
+        further = {}
+        for said, share in p.items():
+            logits = model(Inputs(torch.tensor([[*prompt, *said]]))).logits[:, -1, :259].detach().float()
+            for token, q in enumerate(shape(logits, kept, [prompt], [said]).softmax(-1)[0].tolist()):
+                if q > 0:
+                    further[*said, token] = share * q
+        p = further
+    assert found.keys() <= p.keys() and len(p) == 27
+    assert 30 < engine.figures()["tokens_accepted"] < engine.figures()["tokens_drafted"] - 30
+    many = {said: q for said, q in p.items() if n * q >= 5}
+    rest = n - sum(found[said] for said in many), n * (1 - sum(many.values()))
+    chi = sum((found[said] - n * q) ** 2 / (n * q) for said, q in many.items())
+    chi += (rest[0] - rest[1]) ** 2 / rest[1] if rest[1] > 1 else 0
+    free = len(many)
+    assert chi < free + 3.1 * (2 * free) ** 0.5 + 5, (chi, free)  # about one in a thousand
+
+
+def test_a_recurrence_is_put_back_and_reads_again(tokenizer):
+    """After a draft that does not hold, the state is that of the text read without it."""
+    model, config = model_of("mamba2"), SamplingConfig(max_new_tokens=8, temperature=0)
+    expected = alone(model, tokenizer, PROMPTS[0], config)
+    engine = Engine(model, tokenizer, EngineConfig(max_sequences=1), drafter=Told({tuple(PROMPTS[0]): expected}, 1))
+    loads, original = [], engine.pool.load
+
+    def noted(slot, saved):
+        original(slot, saved)
+        (sequence,) = engine.scheduler.running
+        read = model.new_state(1)
+        with torch.inference_mode():
+            model(Inputs(torch.tensor([sequence.tokens[: sequence.length]])), state=read)
+        for layer, own in engine.pool.buffers.items():
+            for name, held in own.items():
+                torch.testing.assert_close(held[slot], read.layers[layer].read(name)[0], rtol=1e-4, atol=1e-5)
+        loads.append(sequence.length)
+
+    engine.pool.load = noted
+    engine.add(request := Request(PROMPTS[0], config))
+    assert answers(engine, [request]) == [[expected]]
+    assert len(loads) > 1 and loads == sorted(loads)
+
+
 def searched(tokens: list[int], n: int, longest: int, shortest: int) -> list[int]:
     """What lookup means: the whole text gone through backwards for its own end, the longest end first."""
     for length in range(min(longest, len(tokens) - 1), shortest - 1, -1):
