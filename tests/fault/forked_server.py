@@ -191,7 +191,7 @@ if __name__ == "__main__":
     import scripted  # noqa: F401
     import serving  # noqa: F401
 
-    import octavo.serve.app  # noqa: F401
+    import octavo.serve.app
     import octavo.serve.listen  # noqa: F401
 
     for line in sys.stdin:

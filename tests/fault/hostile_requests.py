@@ -49,7 +49,8 @@ def bodies() -> Iterator[Hostile]:
         "nothing": b"", "not json": b"{model: tiny}", "cut": b'{"model": "tiny"', "a list": b"[1, 2]",
         "a string": b'"tiny"', "null": b"null", "a number": b"5", "NaN": b'{"model":"tiny","temperature":NaN}',
         "Infinity": b'{"model":"tiny","temperature":-Infinity}', "1e999": b'{"model":"tiny","temperature":1e999}',
-        "5000 digits": b'{"model":"tiny","max_tokens":' + b"9" * 5000 + b"}", "65 deep": b'{"a":' * 65 + b"1" + b"}" * 65,
+        "5000 digits": b'{"model":"tiny","max_tokens":' + b"9" * 5000 + b"}",
+        "65 deep": b'{"a":' * 65 + b"1" + b"}" * 65,
         "65 lists deep": b'{"a":' + b"[" * 64 + b"]" * 64 + b"}",
         "5000 deep": b'{"model":"tiny","messages":' + b"[" * 5000 + b"]" * 5000 + b"}",
         "a million deep": b"[" * 1_000_000, "a million objects deep": b'{"a":' * 1_000_000,
@@ -58,7 +59,8 @@ def bodies() -> Iterator[Hostile]:
         "latin-1": '{"model":"é"}'.encode("latin-1"), "utf-16": '{"model":"tiny"}'.encode("utf-16"),
         "utf-32": '{"model":"tiny"}'.encode("utf-32"), "BOM": b'\xef\xbb\xbf{"model":"tiny"}', "NUL": b'{"a":\x00"b"}',
         "overlong utf-8": b'{"a":"\xc0\xaf"}', "cut utf-8": b'{"a":"\xe4\xbd"}', "two values": b"{}{}",
-        "trailing comma": b'{"a":1,}', "comment": b'{"a":1 /* x */}', "hex": b'{"a":0x10}', "tab in text": b'{"a":"\t"}',
+        "trailing comma": b'{"a":1,}', "comment": b'{"a":1 /* x */}', "hex": b'{"a":0x10}',
+        "tab in text": b'{"a":"\t"}',
         "bad escape": rb'{"a":"\x41"}', "single quotes": b"{'a': 1}", "leading zero": b'{"a":01}', "plus": b'{"a":+1}',
         "form": b"model=tiny&messages=hi", "multipart": b"--x\r\nContent-Disposition: form-data\r\n\r\n{}\r\n--x--",
         "pickle": b"\x80\x04\x95\x1a\x00", "gzip": b"\x1f\x8b\x08\x00\x00", "yaml": b"model: tiny\n", "xml": b"<a/>",
@@ -104,13 +106,16 @@ def frames() -> Iterator[Hostile]:
         return b"\r\n".join([*kept, *lines, b"", b""])
 
     broken = {
-        "no version": b"GET /\r\n\r\n", "HTTP/0.9": b"GET /\n\n", "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 9,
+        "no version": b"GET /\r\n\r\n", "HTTP/0.9": b"GET /\n\n",
+        "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 9,
         "noise": bytes(range(256)) * 4, "NULs": bytes(1000), "SSH": b"SSH-2.0-OpenSSH_9\r\n\r\n", "bare LF": b"\n" * 99,
         "a space before the colon": get + b"Accept : x\r\n\r\n", "a header without a colon": get + b"Accept\r\n\r\n",
         "a NUL in a header": get + b"Accept: a\0b\r\n\r\n", "no method": b" / HTTP/1.1\r\nHost: localhost\r\n\r\n",
-        "a header without a name": get + b": x\r\n\r\n", "no length that is one": with_head(b"Content-Length: x") + body,
+        "a header without a name": get + b": x\r\n\r\n",
+        "no length that is one": with_head(b"Content-Length: x") + body,
         "a negative length": with_head(b"Content-Length: -5") + body, "two lengths":
-        with_head(b"Content-Length: 5", b"Content-Length: 6") + body, "a length in hex": with_head(b"Content-Length: 0x5"),
+        with_head(b"Content-Length: 5", b"Content-Length: 6") + body,
+        "a length in hex": with_head(b"Content-Length: 0x5"),
         "a chunk that is none": with_head(b"Transfer-Encoding: chunked") + b"zz\r\n{}\r\n0\r\n\r\n",
         "a negative chunk": with_head(b"Transfer-Encoding: chunked") + b"-2\r\n{}\r\n0\r\n\r\n",
         "a chunk with a wrong end": with_head(b"Transfer-Encoding: chunked") + b"2\r\n{}XX0\r\n\r\n",
@@ -119,7 +124,8 @@ def frames() -> Iterator[Hostile]:
         "an encoding twice": with_head(b"Transfer-Encoding: chunked, chunked") + b"0\r\n\r\n",
         "two encodings": with_head(b"Transfer-Encoding: identity, chunked") + b"0\r\n\r\n",
         "a header of 200 kB": get + b"X: " + b"x" * 200_000 + b"\r\n\r\n", "an address of 200 kB":
-        b"GET /" + b"a" * 200_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", "20,000 headers": get + b"A: b\r\n" * 20_000,
+        b"GET /" + b"a" * 200_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        "20,000 headers": get + b"A: b\r\n" * 20_000,
         "no Host": b"GET /v1/models HTTP/1.1\r\n\r\n", "two Hosts": get + b"Host: localhost\r\n\r\n",
     }  # fmt: skip
     for name, data in broken.items():
@@ -142,7 +148,8 @@ def frames() -> Iterator[Hostile]:
             with_head(b"Transfer-Encoding: chunked") + (b"100000\r\n" + b" " * (1 << 20) + b"\r\n") * 9, 413,
             "body_too_large",
         ),
-        "another address": (request("/v1/nothing"), 404, None), "an address with a NUL": (request("/v1/%00"), 404, None),
+        "another address": (request("/v1/nothing"), 404, None), "an address with a NUL": (request("/v1/%00"), 404,
+        None),
         "a query is no address": (request("/v1?/models"), 404, None),
         **{f"{word} on an address": (request("/v1/models", method=word), 405, None)
            for word in ("PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "BREW", "get")},

@@ -1,4 +1,4 @@
-"""Bodies drawn from a JSON schema, and spoilt ones: quick, seeded, and mostly such that a server gets to work on them."""
+"""Bodies drawn from a JSON schema, and spoilt ones: quick, seeded, mostly such that a server gets to work on them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """S1: requests made from the server's own description of itself, right ones and wrong ones; none is answered by a 5xx.
 
-They are drawn by schema_fuzz.py and, fewer but of another hand, by schemathesis. That an answer has the right form is judged by the types of OpenAI's package.
+They are drawn by schema_fuzz.py and, fewer but of another hand, by schemathesis. That an
+answer has the right form is judged by the types of OpenAI's package.
 """
 
 from __future__ import annotations

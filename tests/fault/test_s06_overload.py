@@ -1,11 +1,10 @@
-"""S6: a thousand clients at once; who is accepted gets all of its answer, everybody else is told at once to come back."""
+"""S6: a thousand clients at once; who is accepted gets all of its answer, everybody else is told to come back."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Any
 
 from boxed import SCALE
 from forked_server import Forked, Parent, running

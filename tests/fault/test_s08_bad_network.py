@@ -1,4 +1,4 @@
-"""S8: a network that delays, fragments, breaks off and resets; a client has the whole answer or knows that it has not."""
+"""S8: a network that delays, fragments, breaks off, resets; a client has the whole answer or knows that it has not."""
 
 from __future__ import annotations
 
@@ -28,9 +28,12 @@ SETTINGS = {"header_seconds": 2.0, "body_seconds": 2.0}
 def between(live: Any) -> Iterator[tuple[Live, Proxy, httpx.Client]]:
     """A server, a bad network before it, and a client that takes a new connection each time."""
     limits = httpx.Limits(max_keepalive_connections=0)
-    with live(ANSWER, settings=SETTINGS) as server, proxy(server.port) as network:
-        with httpx.Client(base_url=f"http://127.0.0.1:{network.port}", limits=limits, timeout=20) as http:
-            yield server, network, http
+    with (
+        live(ANSWER, settings=SETTINGS) as server,
+        proxy(server.port) as network,
+        httpx.Client(base_url=f"http://127.0.0.1:{network.port}", limits=limits, timeout=20) as http,
+    ):
+        yield server, network, http
 
 
 def heard(http: httpx.Client, shape: str) -> str | None:
@@ -117,17 +120,19 @@ def test_what_only_comes_slowly_and_in_pieces_comes_whole(live: Any, record: Cal
 
 def test_the_openai_client_sees_it_too(live: Any, record: Callable[..., None]) -> None:
     wrong, cuts = list[str](), range(10, FIRST, 100)
-    with between(live) as (_, network, _http):
-        with openai.OpenAI(base_url=f"http://127.0.0.1:{network.port}/v1", api_key="none", max_retries=0) as client:
-            for cut in cuts:
-                network.down = Toxic(cut=cut, reset=cut % 3 == 0)
-                text, reason = "", None
-                try:
-                    for chunk in client.chat.completions.create(**chat(stream=True)):
-                        text += chunk.choices[0].delta.content or ""
-                        reason = chunk.choices[0].finish_reason or reason
-                    if text != ANSWER or reason != "stop":
-                        wrong.append(f"cut at byte {cut}: {text!r} as if that were all")
-                except (openai.APIError, httpx.TransportError):
-                    pass
+    with (
+        between(live) as (_, network, _http),
+        openai.OpenAI(base_url=f"http://127.0.0.1:{network.port}/v1", api_key="none", max_retries=0) as client,
+    ):
+        for cut in cuts:
+            network.down = Toxic(cut=cut, reset=cut % 3 == 0)
+            text, reason = "", None
+            try:
+                for chunk in client.chat.completions.create(**chat(stream=True)):
+                    text += chunk.choices[0].delta.content or ""
+                    reason = chunk.choices[0].finish_reason or reason
+                if text != ANSWER or reason != "stop":
+                    wrong.append(f"cut at byte {cut}: {text!r} as if that were all")
+            except (openai.APIError, httpx.TransportError):
+                pass
     record("S8", len(cuts), wrong, client="openai")

@@ -9,6 +9,7 @@ import ipaddress
 import os
 import signal
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -76,7 +77,7 @@ def make_server(app: FastAPI, config: ServeConfig) -> Server:
     """Uvicorn for an application of ``create_app``."""
     settings = uvicorn.Config(
         app,
-        http=type("TimedProtocol", (_TimedProtocol,), {"header_seconds": config.header_seconds}),
+        http=type("TimedProtocol", (_TimedProtocol,), {name: getattr(config, name) for name in _TimedProtocol.LIMITS}),
         ws="none",
         lifespan="on",
         log_level="warning",
@@ -127,25 +128,43 @@ class Server(uvicorn.Server):
 
 
 class _TimedProtocol(H11Protocol):
-    """HTTP whose request line and headers must arrive in time; uvicorn has a limit only between requests."""
+    """HTTP whose request line and headers must arrive in time, and whose answers must be read in time.
 
+    uvicorn has a limit only between requests. A connection that it closes stays until the other side has read what
+    was written, which a client that reads a byte now and then can draw out for days.
+    """
+
+    LIMITS = ("header_seconds", "stall_seconds")
     header_seconds = 10.0
+    stall_seconds = 60.0
     _header_timer: asyncio.TimerHandle | None = None
+    _reader_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._watch_headers()
 
     def data_received(self, data: bytes) -> None:
+        self._unwatch_reader()
         super().data_received(data)
         self._watch_headers()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._unwatch_reader()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._watch_headers()  # of the next request, which may have begun to arrive with the last one
+        self._watch_reader()  # of the end of this answer
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._unwatch()
+        self._unwatch_reader()
         super().connection_lost(exc)
 
     def _watch_headers(self) -> None:
@@ -158,6 +177,23 @@ class _TimedProtocol(H11Protocol):
         self._header_timer = None
         if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
             self.transport.abort()
+
+    def _watch_reader(self) -> None:
+        if self._reader_timer is None and self.transport.get_write_buffer_size():
+            self._reader_timer = self.loop.call_later(self.stall_seconds, self._unread)
+
+    def _unread(self) -> None:
+        self._reader_timer = None
+        if self.transport.get_write_buffer_size():
+            # By a reset: what the kernel still holds for this client is given up too.
+            sock = self.transport.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.transport.abort()
+
+    def _unwatch_reader(self) -> None:
+        if self._reader_timer is not None:
+            self._reader_timer.cancel()
+            self._reader_timer = None
 
     def _unwatch(self) -> None:
         if self._header_timer is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import OctavoError
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_TOKENS = 4096
 COMPLETION_MAX_TOKENS = 16
+
+LONG_CHARACTERS = 1 << 16
+"""From here on it is asked whether a text can fit at all before its tokens are made, which takes long."""
 
 LookUp = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
 Asked = ChatRequest | CompletionRequest | ResponseRequest | EmbeddingRequest
@@ -108,6 +112,7 @@ class Service:
         if request.dimensions not in (None, vectors.width):
             message = f"The vectors of this model have {vectors.width} dimensions."
             raise ApiError(400, message, param="dimensions", code="invalid_value")
+        self._refuse_huge([text for text in request.input if isinstance(text, str)], "input")
         texts = vectors.encoded(request.input)
         return Embedded(self.worker, vectors, texts, self.name, request.encoding_format == "base64")
 
@@ -165,6 +170,7 @@ class Service:
             raise ApiError(
                 400, "This model has no chat template; use /v1/completions.", param="messages", code="no_chat_template"
             )
+        self._refuse_huge(["".join(message.content or "" for message in request.messages)], "messages")
         messages = tools.conversation(request.messages)
         if self.look_up is not None:
             messages = self.look_up(messages)
@@ -179,6 +185,7 @@ class Service:
         listed = [prompt] if prompt and isinstance(prompt[0], int) else prompt
         if len(listed) > protocol.MAX_ROWS:
             raise ApiError(400, f"At most {protocol.MAX_ROWS} prompts.", param="prompt", code="invalid_value")
+        self._refuse_huge([text for text in listed if isinstance(text, str)], "prompt")
         encoded = [encode_prompt(self.tokenizer, p) if isinstance(p, str) else list(p) for p in listed]
         for ids in encoded or [[]]:
             if not ids:
@@ -191,6 +198,16 @@ class Service:
                     code="invalid_value",
                 )
         return encoded
+
+    def _refuse_huge(self, texts: Iterable[str], param: str) -> None:
+        n, limit = max(map(len, texts), default=0), self.model.max_seq_len
+        if n > LONG_CHARACTERS and n > 4 * limit * self._longest_token:  # 4: what a normalizer may make shorter
+            message = f"This model's context is {limit} tokens, and a text of {n} characters has more."
+            raise ApiError(400, message, param=param, code="context_length_exceeded")
+
+    @cached_property
+    def _longest_token(self) -> int:
+        return max(len(self.tokenizer.token_bytes(token)) for token in range(self.tokenizer.vocab_size))
 
     def _room(self, n_prompt: int, asked: int | None, param: str) -> int:
         limit = self.model.max_seq_len

@@ -30,7 +30,7 @@ async function* events(response) {
   let buffer = "";
   for (;;) {
     const { value, done } = await reader.read();
-    if (done) return;
+    if (done) throw new Error("the stream ended before its end was said");
     buffer += value;
     let end;
     while ((end = buffer.indexOf("\n\n")) >= 0) {
