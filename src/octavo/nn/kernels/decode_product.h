@@ -167,12 +167,19 @@ inline Wholes dot(Wholes sum, Words codes, int32_t four) {
 }
 #endif
 
-// Numbers of 16 bits, none of them infinite or not a number.
+// Numbers of 16 bits, none of them infinite or not a number. (The scales of small weights are below the smallest normal
+// one; in float arithmetic each such number would cost more than the sums it is for.)
+#if defined(__AVX512F__)
+inline Lanes from_fp16(const uint16_t* p) {
+  return Lanes(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+#else
 inline Lanes from_fp16(const uint16_t* p) {
   const Words h = __builtin_convertvector(*reinterpret_cast<const Halves*>(p), Words);
   const Lanes size = as<Lanes>((h & 0x7fffu) << 13) * lanes(0x1p112f);  // the exponent's offset, for small ones too
   return as<Lanes>(as<Words>(size) | ((h & 0x8000u) << 16));
 }
+#endif
 
 template <int M, int B, bool kFour>
 void multiply_codes(const uint8_t* w, int64_t line, const uint16_t* scales, int64_t width, const Rows& rows,
