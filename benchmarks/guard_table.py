@@ -348,6 +348,8 @@ GUARDS = (
           (SERVER[10] + "an_engine_that_fails_is_replaced",)),
     Guard("server: room in the context", "serve/service.py",
           "if n_prompt + (asked or 1) > limit:", "if False:", (SERVER[11] + "each_length_gets_its_own_code[text]",)),
+    Guard("server: no tokens of a text that cannot fit", "serve/service.py",
+          "if n > LONG_CHARACTERS and", "if False and", (SERVER[11] + "each_length_gets_its_own_code[text]",)),
     Guard("server: Host", "serve/guard.py", "if not self._is_ours(host):", "if False:", (CLASSED.format("hosts"),)),
     Guard("server: Origin", "serve/guard.py",
           "if origin is not None and", "if False and origin is not None and", (CLASSED.format("origins"),)),

@@ -130,6 +130,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--only", default="", metavar="ROWS", help="such as S, R, or S5")
+    parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--machine", default=processor(), help="what the page calls it")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -137,7 +138,7 @@ def main() -> None:
         path = Path(folder) / "counts.jsonl"
         env = os.environ | {"OCTAVO_RELIABILITY": str(path), "OMP_NUM_THREADS": "1"}
         env |= {"OCTAVO_FAULT_SCALE": "10"} if args.full else {}
-        command = [sys.executable, "-m", "pytest", "-q", "-n", "2", *chosen(args.only)]
+        command = [sys.executable, "-m", "pytest", "-q", "-n", str(args.jobs), *chosen(args.only)]
         command += ["-m", "slow or not slow"] if args.full else []
         failed = subprocess.run(command, cwd=ROOT, env=env).returncode
         lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]

@@ -73,6 +73,7 @@ def as_answers(page: Page, live: Any, wrong: list[str]) -> int:
     (tokenizer,) = live.args
     with live("") as server:
         open_page(page, server)
+        page.js("document.getElementById('probabilities').checked = false")
         for group in GROUPS:
             page.js("document.getElementById('new').click()")
             text = "\n".join(group).replace("\0", "")
@@ -129,6 +130,7 @@ def page(request: pytest.FixtureRequest) -> Any:
         yield stack.enter_context(browser()) if CHROMIUM else None
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("where", [as_answers, as_names, as_errors], ids=["answers", "names", "errors"])
 def test_hostile_text_is_shown_and_does_nothing(page: Any, live: Any, record: Callable[..., None], where: Any) -> None:
     if CHROMIUM is None:

@@ -170,6 +170,7 @@ def refusals(client: openai.OpenAI) -> Iterator[tuple[str, bool]]:
             yield name, type(error) is kind and (error.code, error.param) == (code, param)
 
 
+@pytest.mark.timeout(300)
 def test_the_client_and_the_server_understand_each_other(
     server: Live, client: openai.OpenAI, tokenizer: Any, record: Callable[..., None]
 ) -> None:
