@@ -297,7 +297,7 @@ GUARDS = (
           "self._header_timer = self.loop.call_later(self.header_seconds, self._too_slow)", "pass",
           (SLOW.format("header"),)),
     Guard("server: clock of a reader", "serve/listen.py",
-          "self._reader_timer = self.loop.call_later(self.stall_seconds, self._unread)", "pass",
+          "self._reader_timer = self.loop.call_later(1.2 * self.stall_seconds, self._unread)", "pass",
           (SLOW.format("reader"),)),
     Guard("server: who leaves is noticed", "serve/answers.py",
           "        pass\n    job.give_up()", "        pass",

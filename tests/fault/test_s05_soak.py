@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from boxed import SCALE
 from serving import Live, chat, small_decoder
-from wire import CHAT, TEXT, Reply, ask, leave, request
+from wire import CHAT, TEXT, Reply, ask, leave, read_reply, request
 
 from octavo.infer.engine import Engine
 from octavo.infer.request import EngineConfig
@@ -102,11 +102,10 @@ async def cancelled(port: int, data: bytes, after: int) -> Reply:
     while len(heard) < after and (part := await reader.read(after - len(heard))):
         heard += part
     leave(writer, reset=after % 2 == 0)
-    rest = heard.partition(b"\r\n\r\n")[2]
-    lines = [line for line in rest.split(b"\r\n") if line.startswith(b"data: ")]  # chunks of whole events
-    return Reply(
-        200, {"content-type": "text/event-stream"}, b"".join(line + b"\n\n" for line in lines if line.endswith(b"}"))
-    )
+    known = asyncio.StreamReader()
+    known.feed_data(heard)
+    known.feed_eof()
+    return await read_reply(known)
 
 
 async def one(server: Live, asked: Any, expected: list[list[str]], rng: random.Random, soak: Soak) -> None:
@@ -120,7 +119,7 @@ async def one(server: Live, asked: Any, expected: list[list[str]], rng: random.R
     elif luck < BAD + CANCELLED:
         reply = await cancelled(server.port, request(path, {**body, "stream": True}), rng.randint(1, 2500))
         soak.seen["cancelled"] += 1
-        texts = reply.texts(len(expected[i]))
+        texts = reply.texts(len(expected[i])) if reply.status else [""] * len(expected[i])
         if not all(whole.startswith(text) for text, whole in zip(texts, expected[i], strict=True)):
             soak.wrong.append(f"request {i}, given up: {texts} is no beginning of {expected[i]}")
     else:
@@ -168,7 +167,8 @@ def octavo_soak(live: Any, tokenizer: Any, record: Any, goes_on: Callable[[Soak]
                 soak.wrong.append(f"at the end {left}")
                 break
         figures = {name: server.metric(f"octavo_{name}_total") for name in ("preempted", "shared_tokens", "engines")}
-        assert figures["preempted"] and figures["shared_tokens"] and figures["engines"] == 1, figures
+        if not (figures["preempted"] and figures["shared_tokens"] and figures["engines"] == 1):
+            soak.wrong.append(f"memory was never short, nothing was shared, or an engine failed: {figures}")
     gc.collect()
     facts = {"seed": SEED, "seen": dict(soak.seen), "slope_mib_in_10_minutes": round(soak.slope(), 2), **figures}
     record("S5", soak.answered, soak.wrong, **facts, mib=[round(soak.resident[0][1]), round(soak.resident[-1][1])])

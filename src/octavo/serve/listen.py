@@ -180,7 +180,8 @@ class _TimedProtocol(H11Protocol):
 
     def _watch_reader(self) -> None:
         if self._reader_timer is None and self.transport.get_write_buffer_size():
-            self._reader_timer = self.loop.call_later(self.stall_seconds, self._unread)
+            # A little later than the stream's own clock (answers.EventStream), which says whose client it was.
+            self._reader_timer = self.loop.call_later(1.2 * self.stall_seconds, self._unread)
 
     def _unread(self) -> None:
         self._reader_timer = None
