@@ -3,6 +3,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
@@ -17,8 +18,8 @@
 
 namespace octavo {
 
-// A number that others wait to see change: some thousand tries, then sleep. If whom one waits for was put aside by
-// the system for another process, a core that only tries looks busy; one asleep is where the other can go on.
+// A number that others wait to see change: some tries, then sleep. If whom one waits for was put aside by the system for
+// another process, a core that only tries looks busy; one asleep is where the other can go on.
 class Signal {
  public:
   uint32_t now() const { return value_.load(std::memory_order_acquire); }
@@ -28,17 +29,20 @@ class Signal {
     std::lock_guard<std::mutex> held(mutex_);
     changed_.notify_all();
   }
-  void wait(uint32_t seen, int tries) {
+  // How long it slept.
+  std::chrono::nanoseconds wait(uint32_t seen, int tries) {
     for (int i = 0; i < tries; ++i) {
-      if (now() != seen) return;
+      if (now() != seen) return {};
 #if defined(__x86_64__)
       __builtin_ia32_pause();
 #endif
     }
+    const auto began = std::chrono::steady_clock::now();
     std::unique_lock<std::mutex> held(mutex_);
     sleepers_.fetch_add(1, std::memory_order_seq_cst);
     changed_.wait(held, [&] { return value_.load(std::memory_order_seq_cst) != seen; });
     sleepers_.fetch_sub(1, std::memory_order_seq_cst);
+    return std::chrono::steady_clock::now() - began;
   }
 
  private:
@@ -75,7 +79,9 @@ class Team {
       arrived_.store(0, std::memory_order_relaxed);
       met_.change();
     } else {
-      met_.wait(seen, 300);  // some ten microseconds: on a busy machine more is lost than won
+      const int shy = shy_.load(std::memory_order_relaxed);
+      if (shy > 0) shy_.store(shy - 1, std::memory_order_relaxed);
+      if (met_.wait(seen, shy > 0 ? kFew : kMany) > kLong) shy_.store(kShy, std::memory_order_relaxed);
     }
   }
 
@@ -89,7 +95,13 @@ class Team {
     }
   }
 
+  // Members that all run meet within microseconds, and waking one that slept takes longer than that: it is worth trying
+  // for long. Where a wait was so long that the other must have been put aside, the next ones give way soon.
+  static constexpr int kMany = 4000, kFew = 300, kShy = 200;
+  static constexpr std::chrono::microseconds kLong{200};
+
   const int n_;
+  std::atomic<int> shy_{0};
   const std::function<void(int)>* job_ = nullptr;
   Signal start_, met_;
   std::atomic<int> arrived_{0};
