@@ -12,14 +12,14 @@ import pytest
 from boxed import SCALE
 from forked_server import Forked, Parent, running
 from serving import chat
-from wire import CHAT, ask, quantile, request
+from wire import CHAT, TEXT, ask, quantile, request
 
 SLOW, NORMAL, LIMIT = 200 * SCALE, 20, 1.5
 LATE, PAUSE = 8.0, 0.25  # seconds beyond the limit, on a machine that does something else too; between two bytes
 ANSWER = "abcdefghij" * 6
 SETTINGS = {f"{what}_seconds": LIMIT for what in ("header", "body", "stall")}
 # A slow reader is one only when what it does not read fills the buffers on the way.
-MUCH = chat(stream=True, logprobs=True, top_logprobs=20)
+MUCH = {"model": "tiny", "prompt": "\x01" * 2000, "n": 8, "echo": True, "max_tokens": 1, "stream": True}
 
 
 async def slow(port: int, kind: str) -> float:
@@ -28,7 +28,7 @@ async def slow(port: int, kind: str) -> float:
     sock.setblocking(False)
     if kind == "reader":
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-    data = request(CHAT, MUCH)
+    data = request(TEXT, MUCH)
     sent = {"header": 20, "body": len(data) - 100, "reader": len(data)}[kind]
     try:
         await loop.sock_connect(sock, ("127.0.0.1", port))
@@ -83,7 +83,7 @@ async def siege(server: Forked, kind: str) -> tuple[list[float], list[float], li
 @pytest.mark.parametrize("kind", ["header", "body", "reader"])
 def test_a_slow_client_is_cut_off(forks: Parent, record: Callable[..., None], kind: str) -> None:
     settings = {**SETTINGS, "max_requests": SLOW + NORMAL, "max_sequences": 64}
-    with running(forks, reply=ANSWER, settings=settings, send_buffer=4096, max_seq_len=512) as server:
+    with running(forks, reply=ANSWER, settings=settings, send_buffer=4096) as server:
         asyncio.run(normal(server.port))
         files = server.descriptors
         before, during, cut, failed = asyncio.run(siege(server, kind))
