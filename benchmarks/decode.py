@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["p26"])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--batch", nargs="+", type=int, help="default: 1, 8 and 32 of p26, 1 of the others")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=32)
@@ -73,7 +73,7 @@ def main() -> None:
     say("|---|---|--:|---|--:|--:|--:|--:|")
     for name in args.shape:
         for mode in args.modes:
-            for batch in args.batch:
+            for batch in args.batch or ([1, 8, 32] if name == "p26" else [1]):
                 engines, n_bytes = build_engines(mode, batch, SHAPES[name], args, clock)
                 for line in measure(engines, batch, n_bytes, args):
                     say(f"| {name} | {mode} | {batch} {line}")
