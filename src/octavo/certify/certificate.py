@@ -122,7 +122,7 @@ def certify(
 
     ask("the trainer", lambda: engines.ask_trainer(reference, given, lm.tokenizer))
     if "engine" in against:
-        native = engines.CODES if quantized_modules(lm.model) else engines.EXACT
+        native = engines.CODES if quantized_modules(lm.network) else engines.EXACT
         ways = [("plain, paged", lm.model, True, engines.EXACT), ("native, paged", lm.model, False, native)]
         if next(served.parameters()).dtype == torch.bfloat16:
             within = engines.within_sixteen(served, reference, given)

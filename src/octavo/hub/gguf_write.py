@@ -192,8 +192,8 @@ def _arrays(model: Decoder, family: Family, hf: Mapping[str, Any]) -> Iterator[t
             short = layer[inner]
             name, n = f"blk.{number}.{short}", heads.get(short, 0) if architecture.interleaved else 0
         if isinstance(found, Codes):
-            rows = [_rearranged(rows, short, part, n) for rows in (found.codes, found.scales)]
-            yield f"{name}{dot}{part}", Codes(found.bits, *rows), True
+            codes, scales = (_rearranged(rows, short, part, n) for rows in (found.codes, found.scales))
+            yield f"{name}{dot}{part}", Codes(found.bits, codes, scales), True
         else:
             yield f"{name}{dot}{part}", _rearranged(found, short, part, n).numpy(), entry.ours[0] in small
 

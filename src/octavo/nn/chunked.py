@@ -54,17 +54,14 @@ def recurrent(
 
 
 def step(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, starts: Tensor, state: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, starts: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One token, T = 1, in as few passes over the state as there can be. ``starts`` (B, 1): a document begins there."""
     (B, _, H, P), (G, N) = v.shape, q.shape[2:]
     q, k, v = (full_precision(x[:, 0]) for x in (q, k, v))
     k, v = k[:, :, None, :, None], v.unflatten(1, (G, -1))[..., None, :]
-    if state is None:
-        h = k * v
-    else:
-        left = (~starts).to(v.dtype) if log_decay is None else _by_token(log_decay, 1)[:, 0].exp() * ~starts
-        h = (state.to(v.dtype) * left.expand(B, H)[..., None, None]).unflatten(1, (G, -1)).addcmul_(k, v)
+    left = (~starts).to(v.dtype) if log_decay is None else _by_token(log_decay, 1)[:, 0].exp() * ~starts
+    h = (state.to(v.dtype) * left.expand(B, H)[..., None, None]).unflatten(1, (G, -1)).addcmul_(k, v)
     y = q[:, :, None, None] @ h
     return y.view(B, 1, H, P), h.view(B, H, N, P)
 
@@ -148,7 +145,7 @@ def scan(
         k = k * ctx.valid[:, :, None, None].to(k.dtype)
         if log_decay is not None:
             log_decay = _by_token(log_decay, v.shape[1]) * ctx.valid[:, :, None]
-    if form == "auto" and v.shape[1] == 1:
+    if form == "auto" and v.shape[1] == 1 and state is not None:  # without one the decay would get no gradient at all
         y, end = step(q, k, v, log_decay, ctx.starts, state)
         return y.to(v.dtype), end
     segments = segments_of(ctx) if ctx.restarts or state is not None else None
