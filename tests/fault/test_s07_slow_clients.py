@@ -19,7 +19,7 @@ LATE, PAUSE = 8.0, 0.25  # seconds beyond the limit, on a machine that does some
 ANSWER = "abcdefghij" * 6
 SETTINGS = {f"{what}_seconds": LIMIT for what in ("header", "body", "stall")}
 # A slow reader is one only when what it does not read fills the buffers on the way.
-MUCH = {"model": "tiny", "prompt": "\x01" * 2000, "n": 8, "echo": True, "max_tokens": 1, "stream": True}
+MUCH = {"model": "tiny", "prompt": "\x01" * 1000, "n": 8, "echo": True, "max_tokens": 1, "stream": True}
 
 
 async def slow(port: int, kind: str) -> float:
