@@ -7,6 +7,7 @@ Run as a program it takes one JSON object a line. ``{"start": {...}}`` forks a s
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from typing import Any
 import httpx
 
 SECONDS = 60.0
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -153,6 +155,7 @@ def _start(spec: dict[str, Any]) -> dict[str, Any]:
         code = 1
         try:
             os.setsid()
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it does not outlive a test that is broken off
             os.close(read)
             log = os.open(spec["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             os.dup2(log, 1)
