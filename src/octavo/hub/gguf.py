@@ -264,15 +264,16 @@ def _tensors(file: GGUFFile, config: Mapping[str, Any], architecture: Architectu
     from octavo.hub.small_weights import Codes
 
     shapes = {name: (entry.shape, *_renamed(name, architecture)) for name, entry in file.tensors.items()}
-    wide = {theirs: (*shape[:1], 1, *shape[1:]) for shape, theirs, stem in shapes.values() if stem == "ssm_conv1d"}
-    check_shapes(config, {theirs: shape for shape, theirs, _ in shapes.values()} | wide, file.path)
     heads = {"attn_q": config.get("num_attention_heads", 1), "attn_k": config.get("num_key_value_heads", 1)}
+    for name, (shape, _, stem) in shapes.items():
+        if architecture.interleaved and stem in heads and shape[0] % (2 * heads[stem]):
+            raise _wrong(file, f"{name} of shape {list(shape)} cannot be {heads[stem]} heads")
+    wide = {t: (shape[0], 1, *shape[1:]) for shape, t, stem in shapes.values() if stem == "ssm_conv1d" and shape[1:]}
+    check_shapes(config, {theirs: shape for shape, theirs, _ in shapes.values()} | wide, file.path)
     dtype = getattr(torch, config["dtype"])
     found: dict[str, Tensor | Codes] = {}
     for name, entry in file.tensors.items():
         theirs, stem = _renamed(name, architecture)
-        if architecture.interleaved and stem in heads and entry.shape[0] % (2 * heads[stem]):
-            raise _wrong(file, f"{name} of shape {list(entry.shape)} cannot be {heads[stem]} heads")
         if len(entry.shape) == 2 and file.type_name(name) in gguf_blocks.KEPT and stem not in COMPUTED:
             codes = gguf_blocks.read(file, name)
             if architecture.interleaved and stem in heads:
