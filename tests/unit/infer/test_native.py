@@ -25,6 +25,12 @@ SHAPES = {
     "mlp": {"blocks": {"block": {"mixer": ATTENTION, "channel": {"kind": "mlp", "activation": "gelu", "bias": True}}}},
     "interleaved": {"positions": {"kind": "rope", "layout": "interleaved", "fraction": 0.5, "reverse": True}},
     "no positions": {"positions": "none"},
+    "three heads of 64 to a key": {
+        "blocks": {"block": {"mixer": {"kind": "attention", "n_heads": 6, "n_kv_heads": 2, "head_dim": 64}}}
+    },
+    "seven heads of 96 to a key": {
+        "blocks": {"block": {"mixer": {"kind": "attention", "n_heads": 7, "n_kv_heads": 1, "head_dim": 96}}}
+    },
     "many heads": {"blocks": {"block": {"mixer": {"kind": "attention", "n_heads": 8, "scale": 0.3}}}},
 }
 

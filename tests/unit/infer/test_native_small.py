@@ -76,6 +76,20 @@ def test_groups_of_other_sizes(weights, group):
     assert away(found, logits(dequantised(one, weights, group))) < 6e-4
 
 
+@pytest.mark.parametrize("emulated", [False, True])
+def test_scales_below_the_smallest_normal_number_of_16_bits(emulated):
+    one = model()
+    for block in one.stack():
+        for _, part in block.sub_layers():
+            for module in part.modules():
+                if isinstance(module, Projection) and module.role in ("o", "down"):
+                    module.weight.data *= 1e-3
+    _, _, _, scales, _ = rounded(dict(one.stack()[0].sub_layers())["mixer"].mixer.o.weight.data, 8, 64)
+    assert float(scales.float().abs().max()) < torch.finfo(torch.float16).tiny
+    made = NativeModel(one, "int8", library=load(emulated=True) if emulated else None)
+    assert away(native(made), logits(dequantised(one, "int8"))) < 3e-4
+
+
 def test_codes_to_nearest_are_half_a_step_away_at_most():
     weight = torch.randn(5, 100)
     weight[0, :32] = 0

@@ -169,7 +169,7 @@ inline Wholes dot(Wholes sum, Words codes, int32_t four) {
 
 // Numbers of 16 bits, none of them infinite or not a number. (The scales of small weights are below the smallest normal
 // one; in float arithmetic each such number would cost more than the sums it is for.)
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(OCTAVO_EMULATED_TILES)
 inline Lanes from_fp16(const uint16_t* p) {
   return Lanes(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 }
