@@ -7,6 +7,7 @@ import torch
 from octavo.eval.answers import Question, greedy, score_answers
 from octavo.eval.metrics import neural_scorer, score_documents, token_byte_lengths
 from octavo.eval.runner import Encoded, EvalConfig, evaluate
+from octavo.infer import native
 from octavo.models.decoder import Decoder, build
 from octavo.nn.contracts import Inputs
 from octavo.tokenizer import Byte, ByteBPE, Tokenizer, train
@@ -81,7 +82,8 @@ def test_a_whole_evaluation_with_a_context_shorter_than_the_documents(tokenizer)
     assert result["answers"]["questions"] == 3
 
 
-def test_greedy_stops_where_the_model_ends_its_turn(tokenizer):
+def test_greedy_stops_where_the_model_ends_its_turn(tokenizer, monkeypatch):
+    monkeypatch.setattr(native, "unsuitable", lambda model: "its logits are changed here")
     model = small(tokenizer.vocab_size, 64)
     batches, logits = [], model.logits
     always_end = {"ends": True}

@@ -282,9 +282,8 @@ def test_the_verb_makes_a_folder_that_answers(model, tokenizer, tmp_path, capsys
 def test_convert_refuses_quantised_weights_or_makes_them_plain(model, tokenizer, tmp_path, capsys):
     small = tmp_path / "small"
     LanguageModel(quantize(model, "int8"), tokenizer).save(small)
-    for to in ("hf", "gguf"):
-        assert main(["convert", str(small), str(tmp_path / "no"), "--to", to]) == 2
-        assert "weights are quantised" in capsys.readouterr().err
+    assert main(["convert", str(small), str(tmp_path / "no"), "--to", "hf"]) == 2
+    assert "weights are quantised" in capsys.readouterr().err
     assert main(["convert", str(small), str(tmp_path / "no"), "--family", "llama"]) == 2
     assert "weights are quantised" in capsys.readouterr().err
     assert main(["convert", str(small), str(tmp_path / "plain"), "--to", "hf", "--dequantize"]) == 0
