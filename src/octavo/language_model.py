@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -218,7 +218,8 @@ def load(
 
     Args:
         path: a run (its final model is taken, else the pretrained one), a model folder, a name or a file.
-        dtype: ``auto`` keeps what was saved where this machine computes it fast, else fp32; ``saved`` keeps it.
+        dtype: ``auto`` keeps what was saved where this machine computes it fast, else fp32; ``saved`` keeps it;
+            ``decode`` is ``auto`` that also keeps bf16 where it is the native step that reads it fast.
         tokenizer: in place of the one that comes with the model.
         codes: keep the 8- and 4-bit weights of a GGUF file that are ours exactly; False makes plain ones of all, which
             can be trained.
@@ -231,11 +232,11 @@ def load(
         return from_foreign(formats.read(place, tokenizer), place, dtype, codes=codes)
     hf = read_config(place)
     if counted.is_counted(hf):
-        if dtype not in ("auto", "saved"):
+        if dtype not in ("auto", "saved", "decode"):
             raise ConfigError(f"{path} was counted: it has no weights to hold in {dtype}", fix="leave the dtype out")
         return LanguageModel(counted.load(place, hf), tokenizer or Tokenizer.load(place))
-    wanted = _dtype(dtype, hf)
-    lm = LanguageModel(load_model(place, wanted), tokenizer or Tokenizer.load(place))
+    model = _held(lambda wanted: load_model(place, wanted), dtype, hf)
+    lm = LanguageModel(model, tokenizer or Tokenizer.load(place))
     lm.sentences = sentences.read(place)
     return lm
 
@@ -260,7 +261,7 @@ def from_foreign(
         config = model_config(hf)
         if dtype == "saved":  # what the file says of itself: its tensors may be of several formats
             dtype = hf.get("dtype") or hf.get("torch_dtype") or "saved"
-        model = assemble(hf, config, tensors, path, _dtype(dtype, hf))
+        model = _held(lambda wanted: assemble(hf, config, tensors, path, wanted), dtype, hf)
     except CheckpointError as error:
         if str(path) in error.what:
             raise
@@ -283,15 +284,28 @@ def _own_head(hf: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[Mappin
     return {**hf, "tie_word_embeddings": False}, {**tensors, family.head: tensors[embedding]}
 
 
+def _held(read: Callable[[torch.dtype | None], Any], dtype: torch.dtype | str, hf: Mapping[str, Any]) -> Any:
+    """What ``read`` makes of the weights in the number format asked for."""
+    wanted = _dtype(dtype, hf)
+    model = read(wanted)
+    if dtype != "decode" or wanted != torch.bfloat16:
+        return model
+    from octavo.infer import native
+    from octavo.training.machine import best_precision
+
+    fast = best_precision() == "bf16" or not (native.unsuitable(model) or native.library()[1])
+    return model if fast else read(torch.float32)
+
+
 def _dtype(dtype: torch.dtype | str, hf: Mapping[str, Any]) -> torch.dtype | None:
     """The number format asked for, None for that of the saved weights."""
     if dtype == "saved":
         return None
-    if dtype == "auto":
+    if dtype in ("auto", "decode"):
         from octavo.training.machine import best_precision
 
         saved = hf.get("dtype") or hf.get("torch_dtype")
-        keep = saved == "bfloat16" and best_precision() == "bf16"
+        keep = saved == "bfloat16" and (dtype == "decode" or best_precision() == "bf16")
         return torch.bfloat16 if keep else torch.float32
     wanted = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
     if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:

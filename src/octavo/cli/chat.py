@@ -12,6 +12,7 @@ import typer
 
 from octavo.cli.generate import (
     Draft,
+    Dtype,
     MaxNewTokens,
     MinP,
     Model,
@@ -26,6 +27,7 @@ from octavo.cli.generate import (
     TopP,
     TypicalP,
     drafter_of,
+    held_in,
     sampling,
 )
 from octavo.errors import ConfigError, OctavoError
@@ -62,6 +64,7 @@ def chat(
     ] = None,
     passages: Annotated[int, typer.Option(min=1, help="Passages of the store for each question.")] = 3,
     draft: Draft = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Talk to a model. It remembers the conversation; /reset forgets it, /exit leaves.
 
@@ -87,7 +90,7 @@ def chat(
     from octavo.cli.store import looking_up
 
     look_up = looking_up(store, passages)
-    lm: Any = octavo.load(model)
+    lm: Any = octavo.load(model, held_in(dtype))
     drafter = drafter_of(lm, draft, 1)
     converse(lm.model, lm.tokenizer, config, system=system, name=model.resolve().name, look_up=look_up, drafter=drafter)
 

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from pydantic import ValidationError
@@ -22,6 +22,11 @@ Draft = Annotated[
         help="Guess ahead: `lookup` (what the text said before), `module` (the model's own module of multi-token"
         " prediction), or a smaller model of the same vocabulary."
     ),
+]
+
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16"],
+    typer.Option(help="What the weights are held in. auto: bf16 as saved where it is fast here, else fp32."),
 ]
 
 app = typer.Typer(rich_markup_mode="rich")
@@ -74,6 +79,7 @@ def generate(
         Path | None, typer.Option(help="A file with a Lark grammar (llguidance's dialect): what is written follows it.")
     ] = None,
     draft: Draft = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Continue a text with a model; the text appears as it is made. An encoder-decoder writes its answer to it.
 
@@ -119,7 +125,7 @@ def generate(
     from octavo.infer.infill import encode_gap
     from octavo.models.encoder_decoder import EncoderDecoder
 
-    lm: Any = octavo.load(model)
+    lm: Any = octavo.load(model, held_in(dtype))
     ids = encode_gap(lm.tokenizer, text, infill) if infill else lm.prompt_ids(text)
     text = "" if isinstance(lm.model, EncoderDecoder) else text
     if beams > 1:
@@ -187,12 +193,17 @@ def drafter_of(lm: Any, draft: str | None, n_slots: int) -> Any:
         return ModuleDraft(lm.model, n_slots=n_slots)
     import octavo
 
-    small: Any = octavo.load(draft)
+    small: Any = octavo.load(draft, "decode")
     if small.tokenizer.hash != lm.tokenizer.hash:
         raise ConfigError(
             f"--draft {draft} reads another vocabulary than the model", fix="draft with a model of the same tokenizer"
         )
     return ModelDraft(small.model, n_slots=n_slots)
+
+
+def held_in(dtype: str) -> str:
+    """What ``octavo.load`` is asked for where tokens are decoded."""
+    return "decode" if dtype == "auto" else dtype
 
 
 def sampling(**settings: Any) -> SamplingConfig:

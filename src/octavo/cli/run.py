@@ -76,7 +76,7 @@ def run(
         from octavo.cli.chat import converse
         from octavo.infer.sampling import SamplingConfig
 
-        lm = octavo.load(folder)
+        lm = octavo.load(folder, "decode")
         converse(lm.model, lm.tokenizer, SamplingConfig(temperature=0.0), name=folder.name)
 
 

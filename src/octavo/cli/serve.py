@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from octavo.cli.generate import Draft
+from octavo.cli.generate import Draft, Dtype, held_in
 from octavo.cli.store import looking_up
 from octavo.errors import ConfigError
 
@@ -41,6 +41,7 @@ def serve(
         int | None, typer.Option(min=1, help="Tokens of all texts of a model held in memory. Default: what fits.")
     ] = None,
     draft: Draft = None,
+    dtype: Dtype = "auto",
     store: Annotated[
         Path | None,
         typer.Option(help="A store (`octavo store`) whose passages are put before each question."),
@@ -77,7 +78,7 @@ def serve(
         from octavo.serve.metrics import Metrics
 
         metrics, look_up = Metrics(), looking_up(store, passages)
-        services = [_service(called, path, config, draft, look_up, metrics) for called, path in chosen.items()]
+        services = [_service(called, path, config, draft, dtype, look_up, metrics) for called, path in chosen.items()]
         application = serve_all(services, config, metrics)
         announce(list(chosen), sock, config)
         return listen(application, sock, config)
@@ -109,7 +110,7 @@ def _chosen(models: list[Path], named: list[str], name: str | None) -> dict[str,
     return chosen
 
 
-def _service(name: str, path: Path, config: Any, draft: str | None, look_up: Any, metrics: Any) -> Any:
+def _service(name: str, path: Path, config: Any, draft: str | None, dtype: str, look_up: Any, metrics: Any) -> Any:
     """A model, loaded.
 
     Raises:
@@ -121,7 +122,7 @@ def _service(name: str, path: Path, config: Any, draft: str | None, look_up: Any
     from octavo.serve.embeddings import Vectors
     from octavo.serve.service import Service
 
-    lm: Any = octavo.load(path)
+    lm: Any = octavo.load(path, held_in(dtype))
     if isinstance(lm.model, EncoderDecoder):
         raise ConfigError(
             f"{path} is an encoder-decoder, and what is served are conversations and continued texts",

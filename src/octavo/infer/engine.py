@@ -25,6 +25,7 @@ from octavo.infer.sampling import choice_settings, choose, generator, judge
 from octavo.infer.scheduler import Plan, Scheduler, Work
 from octavo.infer.scheduler import Sequence as Text
 from octavo.infer.text import CertainText, Piece, TokenScore
+from octavo.infer.threads import one_thread
 from octavo.models.encoder_decoder import EncoderDecoder
 from octavo.nn.contracts import Memory
 
@@ -269,16 +270,19 @@ class Engine:
         sequence, row = work.sequence, work.sequence.owner
         if id(sequence) not in self.rows:
             return
-        logits, request = logits[:, : self.n_tokens].float(), row.request
+        request = row.request
         try:
-            chosen = judge(logits, work.draft, request.config, row.prompt, row.produced, row.stream)
+            with one_thread(logits.numel()):
+                logits = logits[:, : self.n_tokens].float()
+                chosen = judge(logits, work.draft, request.config, row.prompt, row.produced, row.stream)
+                scores = token_scores(logits[: len(chosen)], chosen, request.n_top)
         except NumericError as error:
             self.cancel(request)
             yield request, Failure(error)
             return
         self.n_drafted += len(work.draft)
         self.n_accepted += len(chosen) - 1
-        for token, score in zip(chosen, token_scores(logits[: len(chosen)], chosen, request.n_top), strict=True):
+        for token, score in zip(chosen, scores, strict=True):
             yield self._pushed(row, token, score)
             if id(sequence) not in self.rows:
                 return
@@ -309,7 +313,8 @@ class Engine:
         for row, logits in known:
             groups.setdefault(row.how, []).append((row, logits))
         for rows in groups.values():
-            events += self._choose([row for row, _ in rows], torch.stack([logits for _, logits in rows]))
+            with one_thread(sum(logits.numel() for _, logits in rows)):
+                events += self._choose([row for row, _ in rows], torch.stack([logits for _, logits in rows]))
         return events
 
     def _choose(self, rows: list[_Row], logits: Tensor) -> Iterable[Event]:

@@ -2,7 +2,8 @@
 
 Serves models of the common kind (see ``unsuitable``) on the CPU: any rows of any sequences whose keys and values lie
 in blocks of a pool (nn/kernels/decode.cpp). Any other model decodes through its own forward pass, which is also the
-twin that this is tested against. Activations are fp32 whatever the weights are.
+twin that this is tested against. Activations are fp32 whatever the weights are, and rounded for products alone: to 15
+bits with quantised weights, and where the processor has fp16 arithmetic to 11 with bf16 ones (decode_product.h).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from octavo.infer.packing import GROUPS, Arena, Order, Packed, Source, pack
+from octavo.infer.packing import GROUPS, Arena, Order, Source, pack
 from octavo.models.decoder import Decoder
 from octavo.nn.attention import Attention
 from octavo.nn.kernels import build
@@ -65,6 +66,7 @@ def load(*, emulated: bool = False) -> ctypes.CDLL:
     loaded.decode_new.argtypes = (address,) * 3
     loaded.decode_free.argtypes = (address,)
     loaded.decode_step.argtypes = (address,) * 8
+    loaded.decode_fp16.argtypes = ()
     loaded.decode_print.argtypes = (address, ctypes.c_int64)
     loaded.decode_print.restype = ctypes.c_uint64
     return loaded
@@ -208,8 +210,8 @@ class NativeModel:
         ]
 
     def _matrix(self, rounding: tuple[Weights, int], order: Order, products: list[Any], head_dim: int = 0) -> list[int]:
-        made: Packed = pack(self.arena, [Source.of(p, *rounding) for p in products], order, head_dim)
-        return made.numbers()
+        sources = [Source.of(p, *rounding) for p in products]
+        return pack(self.arena, sources, order, head_dim, fp16=bool(self.library.decode_fp16())).numbers()
 
     def _floats(self, norm: nn.Module | None) -> int:
         if norm is None:

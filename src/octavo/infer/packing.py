@@ -21,6 +21,7 @@ LANES = 16
 WIDTH = 2  # blocks of a unit: read side by side by all rows, so a product passes over each line once
 # The formats of the kernel: its number, and how many inputs of an output stand together in 32 bits.
 FORMATS = {32: (0, 1), 16: (1, 2), 8: (2, 4), 4: (3, 8)}
+FP16 = 4
 GROUPS = (16, 32, 64, 128, 256)  # inputs that share a scale: whole vectors, and sums that 32 bits hold
 
 
@@ -93,15 +94,15 @@ class Packed:
     width: int
     depth: int
     group: int
-    tensors: tuple[Tensor | None, Tensor | None, Tensor | None]
+    tensors: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
     def numbers(self) -> list[int]:
         addresses = [0 if t is None else t.data_ptr() for t in self.tensors]
         return [self.format, self.units, self.width, self.depth, self.group, *addresses]
 
 
-def pack(arena: Arena, sources: list[Source], order: Order, head_dim: int = 0) -> Packed:
-    """Weights that read the same inputs, as one matrix in the arena.
+def pack(arena: Arena, sources: list[Source], order: Order, head_dim: int = 0, *, fp16: bool = False) -> Packed:
+    """Weights that read the same inputs, as one matrix in the arena; with ``fp16`` so those of 16 bits.
 
     ``heads`` starts each head of ``head_dim`` outputs on a unit of its own; ``gated`` puts as many outputs of the
     first (the gate) as of the second (up) into a unit.
@@ -123,6 +124,12 @@ def pack(arena: Arena, sources: list[Source], order: Order, head_dim: int = 0) -
         pairs = lines.unflatten(1, (-1, 2, 4))
         lines = (pairs[:, :, 0] | (pairs[:, :, 1] << 4)).flatten(1)
         together //= 2
+    powers = None
+    if bits == 16 and fp16:
+        number = FP16
+        found = 0.5 * 2.0 ** lines.abs().amax(1).float().frexp().exponent  # the largest: 1 to 2
+        powers = _place(arena, found)
+        lines = (lines.float() / found[:, None]).half()
     turned = lines.view(units, width, LANES, -1, together).permute(0, 3, 1, 2, 4)
     weights = _place(arena, turned)
     scales = None
@@ -135,7 +142,7 @@ def pack(arena: Arena, sources: list[Source], order: Order, head_dim: int = 0) -
     if any(s.bias is not None for s in sources):
         parts = [torch.zeros(len(s.weight)) if s.bias is None else s.bias.float() for s in sources]
         bias = _place(arena, torch.where(rows >= 0, torch.cat(parts)[kept], 0.0))
-    return Packed(number, units, width, depth, group, (weights, scales, bias))
+    return Packed(number, units, width, depth, group, (weights, scales, bias, powers))
 
 
 def _place(arena: Arena, x: Tensor) -> Tensor:

@@ -31,6 +31,10 @@ STUCK_SECONDS = 60.0
 RETRY_SECONDS = 5.0
 """Between two trials of a model that does not work."""
 
+TOGETHER_SECONDS = 0.02
+"""A text's tokens go out with those of so long a time: a write for each costs more than making it, and no eye sees the
+difference. The first one and the last do not wait."""
+
 TOTALS = {
     "preempted": "octavo_preempted_total",
     "tokens_shared": "octavo_shared_tokens_total",
@@ -162,6 +166,8 @@ class Worker:
         self._try_at = 0.0
         self._chores: deque[Job] = deque()
         self._out: list[tuple[Job, Any]] = []
+        self._hasty: set[Job] = set()
+        self._delivered = 0.0
         self._told: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._owners: dict[Request, tuple[Job, int]] = {}  # its job, and the number of its first text there
         self._step_began: float | None = None
@@ -293,6 +299,8 @@ class Worker:
         self._out.append((job, replace(event, row=row)))
         began, n = job.clock.get(row, (now, -1))
         job.clock[row] = began, n + 1
+        if n < 0:
+            self._hasty.add(job)
         if n < 0 and len(job.clock) == 1:
             self.meter.observe("octavo_time_to_first_token_seconds", now - job.began)
         if event.finish_reason is not None:
@@ -312,6 +320,7 @@ class Worker:
         self._step_began = time.monotonic()
         try:
             self._out.append((job, next(job.chore)))
+            self._hasty.add(job)
             self._chores.append(job)
         except StopIteration:
             self._end(job, None)
@@ -330,11 +339,18 @@ class Worker:
 
     def _end(self, job: Job, last: ApiError | None) -> None:
         job.ended = True
+        self._hasty.add(job)
         self._out.append((job, last))
 
     def _deliver(self) -> None:
-        """Results go to the event loop, all of a step at once."""
-        out, self._out = self._out, []
+        """Results go to the event loop: those of jobs in haste at once, the others together."""
+        now = time.monotonic()
+        if self._busy and now - self._delivered < TOGETHER_SECONDS:
+            out = [(job, item) for job, item in self._out if job in self._hasty]
+            self._out = [(job, item) for job, item in self._out if job not in self._hasty]
+        else:
+            out, self._out, self._delivered = self._out, [], now
+        self._hasty.clear()
         for loop in {job.loop for job, _ in out}:
             own = [(job, item) for job, item in out if job.loop is loop]
             try:

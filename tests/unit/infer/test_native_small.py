@@ -61,11 +61,56 @@ def native(made: NativeModel) -> torch.Tensor:
 @pytest.mark.parametrize(("weights", "most"), [("bf16", 2e-6), ("int8", 3e-4), ("int4", 3e-4)])
 @pytest.mark.parametrize("shape", ["llama", "odd widths", "qwen2", "qwen3", "untied", "mlp", "tied with bias"])
 def test_only_the_weights_are_rounded(shape, weights, most, emulated):
+    loaded = load(emulated=emulated)
+    if weights == "bf16" and loaded.decode_fp16():
+        pytest.skip("rows are rounded too: test_fp16_arithmetic_loses_a_quarter_of_what_bf16_does")
     one = model(**SHAPES[shape])
-    made = NativeModel(one, weights, library=load(emulated=True) if emulated else None)
-    found, judge = native(made), logits(dequantised(one, weights))
+    found, judge = native(NativeModel(one, weights, library=loaded)), logits(dequantised(one, weights))
     assert away(found, judge) < most
     assert away(judge, logits(one)) > 3 * away(found, judge)  # what the rounding of the weights alone does
+
+
+@pytest.fixture
+def _fp16():
+    if not load().decode_fp16():
+        pytest.skip("the processor has no fp16 arithmetic")
+
+
+@pytest.mark.usefixtures("_fp16")
+@pytest.mark.parametrize("shape", ["llama", "odd widths", "qwen2", "qwen3", "untied", "mlp", "tied with bias"])
+def test_fp16_arithmetic_loses_a_quarter_of_what_bf16_does(shape):
+    one = model(**SHAPES[shape])
+    judge, lost = (
+        logits(dequantised(one, "bf16")),
+        away(native(NativeModel(one, "bf16")), logits(dequantised(one, "bf16"))),
+    )
+    assert 1e-4 < lost < 0.3 * away(logits(copy.deepcopy(one).bfloat16()).float(), judge)
+    assert lost < away(judge, logits(one))  # less than the rounding of the weights
+
+
+@pytest.mark.usefixtures("_fp16")
+@pytest.mark.parametrize("times", [2.0**-40, 2.0**40])
+def test_what_fp16_could_not_hold_is_scaled(times):
+    """Rows times so much, and weights divided by it: the same numbers come out."""
+    one = model(**SHAPES["llama"])
+    other = copy.deepcopy(one)
+    for block in other.stack():
+        for part in dict(block.sub_layers()).values():
+            part.norm_in.weight.data *= times
+        layer, channel = (dict(block.sub_layers())[name].mixer for name in ("mixer", "channel"))
+        for product in (layer.q, layer.k, layer.v, channel.gate, channel.up):
+            product.weight.data /= times
+    assert torch.equal(native(NativeModel(other, "bf16")), native(NativeModel(one, "bf16")))
+
+
+@pytest.mark.usefixtures("_fp16")
+def test_a_channel_far_larger_than_all_others_takes_nothing_from_them():
+    one = model(**SHAPES["llama"])
+    for block in one.stack():
+        channel = dict(block.sub_layers())["channel"].mixer
+        channel.up.weight.data[3] *= 4096
+        channel.down.weight.data[:, 3] /= 4096
+    assert away(native(NativeModel(one, "bf16")), logits(dequantised(one, "bf16"))) < 5e-3
 
 
 @pytest.mark.parametrize("group", [32, 128])

@@ -1,7 +1,7 @@
 // A step of a whole decoder: some tokens of some sequences in, logits out. One call a step and one team of threads for
 // all of it; what bounds it is reading the weights once. Decoding, a piece of a prompt and the verification of a draft
 // are the same step: all keys and values are written before any is read, and what a token gets depends on no other.
-// Activations are fp32 throughout, rounded to 15 bits only for products with quantised weights.
+// Activations are fp32 throughout, rounded only for products: to 15 bits with quantised weights, to 11 with fp16 ones.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -79,10 +79,29 @@ struct Request {
   float* logits;       // (n_wanted, V)
 };
 
-// Takes pieces of work from what the whole team has to do: who is held up takes fewer.
 struct alignas(64) Counter {
   std::atomic<int64_t> next{0};
   int64_t take() { return next.fetch_add(1, std::memory_order_relaxed); }
+};
+
+// What the whole team has to do, n pieces: each member takes its own share in order, so that what it asks memory for
+// ahead is what it takes next, and then what others have left: who is held up takes fewer.
+struct Pieces {
+  Counter* counters;
+  int64_t n, members, own;
+
+  int64_t begin(int64_t member) const { return n * member / members; }
+  int64_t end() const { return begin(own + 1); }
+  // -1: there are no more.
+  int64_t take() {
+    for (int64_t i = 0; i < members; ++i) {
+      const int64_t whose = (own + i) % members, first = begin(whose), size = begin(whose + 1) - first;
+      if (i > 0 && counters[whose].next.load(std::memory_order_relaxed) >= size) continue;
+      const int64_t piece = counters[whose].take();
+      if (piece < size) return first + piece;
+    }
+    return -1;
+  }
 };
 
 struct Own {
@@ -110,18 +129,18 @@ class Decoder {
       if (id == 0) begin(request, team.size());
       team.meet();
       if (narrow)
-        Work<bf16>{*this, request, team, own_[size_t(id)]}.run();
+        Work<bf16>{*this, request, team, own_[size_t(id)], id}.run();
       else
-        Work<float>{*this, request, team, own_[size_t(id)]}.run();
+        Work<float>{*this, request, team, own_[size_t(id)], id}.run();
     });
   }
 
  private:
   void begin(const Request& r, int threads) {
     own_.resize(std::max(own_.size(), size_t(threads)));
-    const size_t phases = size_t(5 * s.n_layers + 2);
-    if (!counters_) counters_ = std::make_unique<Counter[]>(phases);
-    for (size_t i = 0; i < phases; ++i) counters_[i].next.store(0, std::memory_order_relaxed);
+    const size_t n_counters = size_t(5 * s.n_layers + 2) * size_t(threads);
+    if (n_counters_ < n_counters) counters_ = std::make_unique<Counter[]>(n_counters), n_counters_ = n_counters;
+    for (size_t i = 0; i < n_counters; ++i) counters_[i].next.store(0, std::memory_order_relaxed);
     const auto zeros = [](std::vector<float>& x, int64_t n) {  // what lies between rows is read, as nothing
       if (int64_t(x.size()) < n) x.assign(size_t(n), 0.f);
     };
@@ -136,14 +155,14 @@ class Decoder {
     const Request& r;
     Team& team;
     Own& own;
-    int64_t phase = 0;
+    int64_t member, phase = 0;
 
-    Counter& next_phase() { return d.counters_[size_t(phase++)]; }
+    Pieces share_out(int64_t n) { return {&d.counters_[size_t(phase++ * team.size())], n, team.size(), member}; }
 
     void run() {
       const Sizes& s = d.s;
-      Counter& rows = next_phase();
-      for (int64_t m; (m = rows.take()) < r.N;)
+      Pieces rows = share_out(r.N);
+      for (int64_t m; (m = rows.take()) >= 0;)
         for (int64_t i = 0; i < s.D; ++i) {
           const int64_t at = r.tokens[m] * s.D + i;
           d.x_[size_t(m * s.D + i)] = s.narrow_embedding ? to_float(static_cast<const bf16*>(d.embedding)[at])
@@ -152,18 +171,28 @@ class Decoder {
       team.meet();
       for (int64_t l = 0; l < s.n_layers; ++l) {
         const Layer& layer = d.layers[size_t(l)];
+        const Matrix& last = l + 1 < s.n_layers ? d.layers[size_t(l + 1)].qkv : d.head;
         keys_and_queries(layer, l);
         team.meet();
         read(l);
         team.meet();
-        add(layer.o, d.mixed_.data());
+        add(layer.o, d.mixed_.data(), share_of(layer.up, layer.up.units));
         team.meet();
         widen(layer);
         team.meet();
-        add(layer.down, d.hidden_.data());
+        add(layer.down, d.hidden_.data(), share_of(last, l + 1 < s.n_layers ? s.H + 2 * s.G : last.units));
         team.meet();
       }
       logits();
+    }
+
+    // Where this member's share of p begins, which is cut between `parts` equal pieces of it.
+    const uint8_t* share_of(const Matrix& p, int64_t parts) const {
+      return p.weight + p.units / parts * (parts * member / team.size()) * p.unit_bytes();
+    }
+    // What is read after unit u: the next one of the own share, which ends at unit `end`, or of the next product.
+    static const uint8_t* after(const Matrix& p, int64_t u, int64_t end, const uint8_t* next) {
+      return u + 1 < end ? p.weight + (u + 1) * p.unit_bytes() : next;
     }
 
     // The norm of x's rows, ready for a product with p.
@@ -179,10 +208,11 @@ class Decoder {
       normed(l.norm_mixer, l.qkv, nullptr, r.N);
       const int64_t units = l.qkv.units / (s.H + 2 * s.G), width = units * l.qkv.outputs();
       float* tile = fit(own.tile, r.N * width);
-      Counter& counter = next_phase();
-      for (int64_t h; (h = counter.take()) < s.H + 2 * s.G;) {
+      Pieces heads = share_out(s.H + 2 * s.G);
+      for (int64_t h; (h = heads.take()) >= 0;) {
         for (int64_t u = 0; u < units; ++u)
-          multiply(l.qkv, h * units + u, own.rows, r.N, tile + u * l.qkv.outputs(), width);
+          multiply(l.qkv, h * units + u, own.rows, r.N, tile + u * l.qkv.outputs(), width,
+                   after(l.qkv, h * units + u, heads.end() * units, share_of(l.o, l.o.units)));
         for (int64_t m = 0; m < r.N; ++m) place(l, at, h, m, tile + m * width);
       }
     }
@@ -214,8 +244,8 @@ class Decoder {
       // its entries are listed once and read while they are near.
       const int64_t alike = s.H / s.G, batches = (alike + 3) / 4, each = r.N < 2 * team.size() ? 1 : s.G * batches;
       const int64_t pieces = s.G * batches / each;
-      Counter& counter = next_phase();
-      for (int64_t task; (task = counter.take()) < r.N * pieces;) {
+      Pieces tasks = share_out(r.N * pieces);
+      for (int64_t task; (task = tasks.take()) >= 0;) {
         // The last rows first: of a piece of a prompt they read the most.
         const int64_t m = r.N - 1 - task / pieces, n = r.slots[m] - r.first[m] + 1;
         fit(own.scratch, 4 * (n + kLanes));
@@ -245,13 +275,13 @@ class Decoder {
     }
 
     // x += the product of rows with p.
-    void add(const Matrix& p, const float* rows) {
+    void add(const Matrix& p, const float* rows, const uint8_t* next) {
       const int64_t width = p.outputs(), D = d.s.D;
       own.rows.prepare(p, rows, p.depth, r.N);
       float* tile = fit(own.tile, r.N * width);
-      Counter& counter = next_phase();
-      for (int64_t u; (u = counter.take()) < p.units;) {
-        multiply(p, u, own.rows, r.N, tile, width);
+      Pieces units = share_out(p.units);
+      for (int64_t u; (u = units.take()) >= 0;) {
+        multiply(p, u, own.rows, r.N, tile, width, after(p, u, units.end(), next));
         for (int64_t m = 0; m < r.N; ++m)
           for (int64_t i = 0; i < std::min(width, D - u * width); ++i)
             d.x_[size_t(m * D + u * width + i)] += tile[m * width + i];
@@ -262,9 +292,9 @@ class Decoder {
       normed(l.norm_channel, l.up, nullptr, r.N);
       const int64_t width = l.up.outputs(), kept = d.s.gated ? width / 2 : width, stride = l.down.depth;
       float* tile = fit(own.tile, r.N * width);
-      Counter& counter = next_phase();
-      for (int64_t u; (u = counter.take()) < l.up.units;) {
-        multiply(l.up, u, own.rows, r.N, tile, width);
+      Pieces units = share_out(l.up.units);
+      for (int64_t u; (u = units.take()) >= 0;) {
+        multiply(l.up, u, own.rows, r.N, tile, width, after(l.up, u, units.end(), share_of(l.down, l.down.units)));
         for (int64_t m = 0; m < r.N; ++m)
           for (int64_t i = 0; i < kept && u * kept + i < stride; i += kLanes) {
             const Lanes y = activate(d.s.activation, get(tile + m * width + i));
@@ -278,9 +308,10 @@ class Decoder {
       const int64_t width = d.head.outputs(), V = d.s.V;
       normed(d.norm, d.head, r.wanted, r.n_wanted);
       float* tile = fit(own.tile, r.n_wanted * width);
-      Counter& counter = next_phase();
-      for (int64_t u; (u = counter.take()) < d.head.units;) {
-        multiply(d.head, u, own.rows, r.n_wanted, tile, width);
+      Pieces units = share_out(d.head.units);
+      const uint8_t* first = share_of(d.layers[0].qkv, d.s.H + 2 * d.s.G);  // of the next step
+      for (int64_t u; (u = units.take()) >= 0;) {
+        multiply(d.head, u, own.rows, r.n_wanted, tile, width, after(d.head, u, units.end(), first));
         for (int64_t m = 0; m < r.n_wanted; ++m)
           std::copy_n(tile + m * width, std::min(width, V - u * width), r.logits + m * V + u * width);
       }
@@ -290,12 +321,14 @@ class Decoder {
   std::vector<float> x_, q_, mixed_, hidden_;
   std::vector<Own> own_;
   std::unique_ptr<Counter[]> counters_;
+  size_t n_counters_ = 0;
 };
 
 Matrix matrix(const int64_t*& n) {
   const Matrix p = {n[0], n[1], n[2], n[3], n[4], reinterpret_cast<const uint8_t*>(n[5]),
-                    reinterpret_cast<const uint16_t*>(n[6]), reinterpret_cast<const float*>(n[7])};
-  n += 8;
+                    reinterpret_cast<const uint16_t*>(n[6]), reinterpret_cast<const float*>(n[7]),
+                    reinterpret_cast<const float*>(n[8])};
+  n += 9;
   return p;
 }
 const float* floats(const int64_t*& n) { return reinterpret_cast<const float*>(*n++); }
@@ -326,7 +359,7 @@ extern "C" {
 
 // sizes: those of Sizes. norms: eps, head_eps, scale. parts: the embedding and the last norm; the head; then of each
 // layer four norms (norm_mixer, norm_channel, q_norm, k_norm: addresses or 0) and the matrices qkv, o, up, down, each
-// format, units, width, depth, group and the addresses of weights, scales and bias.
+// format, units, width, depth, group and the addresses of weights, scales, bias and powers.
 void* decode_new(const int64_t* sizes, const float* norms, const int64_t* parts) {
   using namespace octavo;
   auto made = std::make_unique<Decoder>();
@@ -343,6 +376,9 @@ void* decode_new(const int64_t* sizes, const float* norms, const int64_t* parts)
   }
   return made.release();
 }
+
+// Whether bf16 weights are to be packed as fp16.
+int decode_fp16() { return octavo::kMultipliesFp16; }
 
 // A number that says what n bytes are.
 uint64_t decode_print(const uint8_t* p, int64_t n) {
@@ -374,7 +410,7 @@ uint64_t decode_read(const uint8_t* p, int64_t n, int threads) {
     Words sum = {};
     for (int64_t i; (i = counter.take() * kPiece) < n;)
       for (int64_t j = i; j + 64 <= std::min(n, i + kPiece); j += 64) {
-        __builtin_prefetch(p + j + kAhead);
+        __builtin_prefetch(p + j + 8192);
         sum ^= *reinterpret_cast<const Words*>(p + j);
       }
     total ^= sum[0] ^ sum[7];
