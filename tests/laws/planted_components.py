@@ -449,4 +449,40 @@ BUGS = [
         "key=lambda row: -means[row]", "key=lambda row: means[row]",
         ("tests/unit/serve/test_serve_tools.py::test_the_best_of_several_completions",),
     ),
+    Bug(
+        "drafts: what was refused may be drawn again", "infer/sampling.py",
+        "rest[token] = -math.inf", "rest[token] = rest[token]",
+        ("tests/unit/infer/test_drafts.py::test_the_distribution_is_that_without_a_draft",),
+    ),
+    Bug(
+        "drafts: a recurrence is not put back behind what was refused", "infer/memory.py",
+        "own[name][slot] = tensor\n        for kept, memory", "pass\n        for kept, memory",
+        ("tests/unit/infer/test_drafts.py::test_a_recurrence_is_put_back_and_reads_again",),
+    ),
+    Bug(
+        "lookup: what was said before is not remembered", "infer/drafts.py",
+        "places.known = max(len(tokens) - 1, 0)", "places.known = len(tokens)",
+        ("tests/unit/infer/test_drafts.py::test_lookup_by_an_index_is_the_search",),
+    ),
+    Bug(
+        "threads: an engine leaves torch with one", "infer/threads.py",
+        "        torch.set_num_threads(before)", "        pass",
+        ("tests/unit/infer/test_threads.py::test_few_numbers_are_for_one_thread",),
+    ),
+    Bug(
+        "to decode: bf16 stays where nothing is fast with it", "language_model.py",
+        'fast = best_precision() == "bf16" or not (native.unsuitable(model) or native.library()[1])', "fast = True",
+        ("tests/unit/test_language_model.py::test_to_decode_bf16_stays_where_the_native_step_reads_it",),
+    ),
+    Bug(
+        "server: the first token waits for others", "serve/worker.py",
+        "        if n < 0:\n            self._hasty.add(job)\n", "",
+        ("tests/unit/serve/test_serve_together.py",),
+    ),
+    Bug(
+        "server: a text's tokens overtake those that wait", "serve/worker.py",
+        "out = [(job, item) for job, item in self._out if job in self._hasty]",
+        "out = [(job, item) for job, item in self._out[-1:] if job in self._hasty]",
+        ("tests/unit/serve/test_serve_together.py",),
+    ),
 ]  # fmt: skip

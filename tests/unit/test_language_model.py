@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import octavo
 from octavo.errors import ConfigError, OctavoError
 from octavo.infer.generate import encode_prompt, generate
+from octavo.infer.native import library
 from octavo.infer.sampling import SamplingConfig
 from octavo.language_model import LanguageModel
 from octavo.models.decoder import Decoder, build
@@ -241,6 +242,23 @@ def test_the_number_format_can_be_chosen(folder, tmp_path):
     for dtype in ("float99", "nn", "int64"):
         with pytest.raises(ConfigError, match="dtype"):
             octavo.load(folder, dtype)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_to_decode_bf16_stays_where_the_native_step_reads_it(tokenizer, tmp_path, monkeypatch, native):
+    attention = {"kind": "attention", "n_heads": 2} | ({} if native else {"window": 8})
+    blocks = {"b": {"mixer": attention, "channel": {"kind": "glu"}}}
+    config = {"d_model": 32, "n_layers": 2, "max_seq_len": 32, "vocab_size": tokenizer.vocab_size, "blocks": blocks}
+    model = build(Decoder.Config.model_validate(config)).to(torch.bfloat16)
+    LanguageModel(model, tokenizer).save(tmp_path / "saved")
+    monkeypatch.setattr("octavo.training.machine.best_precision", lambda: "fp32")
+    if library()[1]:
+        pytest.skip(library()[1])
+    kept = octavo.load(tmp_path / "saved", "decode").model
+    assert kept.embed.weight.dtype == (torch.bfloat16 if native else torch.float32)
+    assert octavo.load(tmp_path / "saved").model.embed.weight.dtype == torch.float32
+    monkeypatch.setattr("octavo.training.machine.best_precision", lambda: "bf16")
+    assert octavo.load(tmp_path / "saved", "decode").model.embed.weight.dtype == torch.bfloat16
 
 
 def test_a_tokenizer_of_another_model_is_refused(tokenizer):

@@ -42,6 +42,9 @@ def serve(
     ] = None,
     draft: Draft = None,
     dtype: Dtype = "auto",
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Every answer is bit for bit the one it would be alone.")
+    ] = False,
     store: Annotated[
         Path | None,
         typer.Option(help="A store (`octavo store`) whose passages are put before each question."),
@@ -71,6 +74,7 @@ def serve(
         max_requests=max_requests,
         max_sequences=max_sequences,
         max_tokens=max_tokens,
+        deterministic=deterministic,
         grace_seconds=grace,
     )
     with bind(config) as sock:

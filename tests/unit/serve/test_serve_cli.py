@@ -82,3 +82,15 @@ def test_mistakes_are_said_before_a_port_is_taken(
     monkeypatch.setattr("octavo.serve.listen.bind", lambda config: pytest.fail("a port was taken"))
     code, seen = served(monkeypatch, *(argument.format(**places) for argument in arguments))
     assert code == 2 and not seen and says in capsys.readouterr().err
+
+
+def test_deterministic_answers_are_asked_of_the_engine(folders: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    talker = str(folders / "talker")
+    made = []
+    monkeypatch.setattr("octavo.serve.service.Engine", lambda *given, **more: made.append(given[2]))
+    for words in ([], ["--deterministic"]):
+        assert served(monkeypatch, talker, *words)[0] == 0
+    assert [config.deterministic for config in made] == [False, True]
+    monkeypatch.undo()
+    code, seen = served(monkeypatch, talker, "--deterministic", "--draft", "lookup")
+    assert code == 2 and not seen and "use one of draft, deterministic" in capsys.readouterr().err
