@@ -94,7 +94,7 @@ class Packed:
     width: int
     depth: int
     group: int
-    tensors: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+    tensors: tuple[Tensor, Tensor | None, Tensor | None]  # weights with their scales, bias, powers
 
     def numbers(self) -> list[int]:
         addresses = [0 if t is None else t.data_ptr() for t in self.tensors]
@@ -131,18 +131,18 @@ def pack(arena: Arena, sources: list[Source], order: Order, head_dim: int = 0, *
         powers = _place(arena, found)
         lines = (lines.float() / found[:, None]).half()
     turned = lines.view(units, width, LANES, -1, together).permute(0, 3, 1, 2, 4)
-    weights = _place(arena, turned)
-    scales = None
     if bits in ZERO:
         found = torch.cat([s.scales for s in sources])  # type: ignore[misc]
         full = torch.zeros(len(rows), depth // group, dtype=torch.float16)
         full[:, : found.shape[1]] = torch.where((rows >= 0)[:, None], found[kept], 0)
-        scales = _place(arena, full.view(units, width, LANES, -1).permute(0, 3, 1, 2))
+        scales = full.view(units, width, LANES, -1).permute(0, 3, 1, 2).flatten(1).view(torch.uint8)
+        turned = torch.cat([turned.flatten(1), F.pad(scales, (0, -scales.shape[1] % 64))], 1)
+    weights = _place(arena, turned)
     bias = None
     if any(s.bias is not None for s in sources):
         parts = [torch.zeros(len(s.weight)) if s.bias is None else s.bias.float() for s in sources]
         bias = _place(arena, torch.where(rows >= 0, torch.cat(parts)[kept], 0.0))
-    return Packed(number, units, width, depth, group, (weights, scales, bias, powers))
+    return Packed(number, units, width, depth, group, (weights, bias, powers))
 
 
 def _place(arena: Arena, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
@@ -244,7 +245,8 @@ class Scheduler:
         found = self.blocks.find(sequence.tokens, sequence.within, at_most)
         keep = len(found)
         if self.deterministic:  # parts begin where they would without what was found
-            keep = len(found) * size // self.chunk * self.chunk // size
+            whole = math.lcm(size, self.chunk) // size
+            keep = len(found) // whole * whole
         self.blocks.release(found[keep:])
         return found[:keep]
 

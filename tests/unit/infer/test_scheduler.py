@@ -108,3 +108,19 @@ class Machine(RuleBasedStateMachine):
 
 TestScheduler = Machine.TestCase
 TestScheduler.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+
+
+def test_what_is_found_ends_where_a_part_does():
+    """Parts of 7 and blocks of 4: of nine known tokens eight are in blocks, and no part ends there."""
+    scheduler = Scheduler(Blocks(N_BLOCKS, SIZE), SLOTS, step_tokens=40, chunk=7, share=True, deterministic=True)
+    starts = []
+    for n, number in ((30, 1), (30, 2), (9, 3)):
+        text = Sequence([0] * n, n, (0, number))
+        scheduler.add(text)
+        for first in (True, *[False] * 9):
+            for work in scheduler.plan().works:
+                if first:
+                    starts.append(text.length)
+                scheduler.advance(text, work.n)
+        scheduler.remove(text)
+    assert starts == [0, 28, 0]

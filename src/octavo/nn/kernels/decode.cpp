@@ -326,9 +326,8 @@ class Decoder {
 
 Matrix matrix(const int64_t*& n) {
   const Matrix p = {n[0], n[1], n[2], n[3], n[4], reinterpret_cast<const uint8_t*>(n[5]),
-                    reinterpret_cast<const uint16_t*>(n[6]), reinterpret_cast<const float*>(n[7]),
-                    reinterpret_cast<const float*>(n[8])};
-  n += 9;
+                    reinterpret_cast<const float*>(n[6]), reinterpret_cast<const float*>(n[7])};
+  n += 8;
   return p;
 }
 const float* floats(const int64_t*& n) { return reinterpret_cast<const float*>(*n++); }
@@ -359,7 +358,7 @@ extern "C" {
 
 // sizes: those of Sizes. norms: eps, head_eps, scale. parts: the embedding and the last norm; the head; then of each
 // layer four norms (norm_mixer, norm_channel, q_norm, k_norm: addresses or 0) and the matrices qkv, o, up, down, each
-// format, units, width, depth, group and the addresses of weights, scales, bias and powers.
+// format, units, width, depth, group and the addresses of weights, bias and powers.
 void* decode_new(const int64_t* sizes, const float* norms, const int64_t* parts) {
   using namespace octavo;
   auto made = std::make_unique<Decoder>();

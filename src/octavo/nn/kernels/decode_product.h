@@ -82,15 +82,18 @@ enum Format : int64_t { kFloat, kBf16, kByte, kNibble, kFp16 };
 
 struct Matrix {
   int64_t format, units, width, depth, group;  // depth: inputs, padded with zeros; group: inputs of one scale
-  const uint8_t* weight;
-  const uint16_t* scales;  // fp16, (units, depth / group, width, 16)
-  const float* bias;       // (units, width, 16) or null
-  const float* powers;     // of fp16: what each output's weights were divided by, (units, width, 16)
+  const uint8_t* weight;  // of each unit the lines and, for codes, its scales: fp16, (depth / group, width, 16)
+  const float* bias;      // (units, width, 16) or null
+  const float* powers;    // of fp16: what each output's weights were divided by, (units, width, 16)
 
   int64_t outputs() const { return width * kLanes; }  // of a unit
   int64_t line() const { return 64 * width; }
   int64_t per_line() const { return format == kFloat ? 1 : format == kByte ? 4 : format == kNibble ? 8 : 2; }
-  int64_t unit_bytes() const { return depth / per_line() * line(); }
+  int64_t line_bytes() const { return depth / per_line() * line(); }
+  int64_t unit_bytes() const {
+    const int64_t scales = format == kByte || format == kNibble ? depth / group * outputs() * 2 : 0;
+    return line_bytes() + (scales + 63) / 64 * 64;
+  }
 };
 
 // Rows of activations as a product wants them: floats, fp16 (unit: what a row was divided by), or 15-bit whole numbers in two planes of 8, x = (128 high +
@@ -319,7 +322,7 @@ void multiply_blocks(const Matrix& p, int64_t u, int64_t block, const Rows& rows
     case kFp16: return multiply_fp16<M, B>(w, p.line(), rows, first, p.powers + at, p.depth, y, y_stride, ahead);
   }
   if constexpr (M <= kMostRowsOfCodes) {
-    const uint16_t* scales = p.scales + (u * (p.depth / p.group) * p.width + block) * kLanes;
+    const auto* scales = reinterpret_cast<const uint16_t*>(p.weight + u * p.unit_bytes() + p.line_bytes()) + block * kLanes;
     (p.format == kByte ? multiply_codes<M, B, false> : multiply_codes<M, B, true>)(
         w, p.line(), scales, p.width, rows, first, p.depth, p.group, y, y_stride, ahead);
   }
@@ -343,7 +346,8 @@ inline void multiply(const Matrix& p, int64_t u, const Rows& rows, int64_t n, fl
       multiply_unit<1>, multiply_unit<2>, multiply_unit<3>, multiply_unit<4>,  multiply_unit<5>,  multiply_unit<6>,
       multiply_unit<7>, multiply_unit<8>, multiply_unit<9>, multiply_unit<10>, multiply_unit<11>, multiply_unit<12>};
   const int64_t most = p.format == kByte || p.format == kNibble ? kMostRowsOfCodes : kMostRows;
-  const int64_t all = (n + most - 1) / most, bytes = p.unit_bytes() / all, read = p.line() * (p.format == kFloat ? 2 : 1);
+  const int64_t all = (n + most - 1) / most, bytes = p.line_bytes() / all, read = p.line() * (p.format == kFloat ? 2 : 1);
+  for (int64_t i = p.line_bytes(); i < p.unit_bytes(); i += 64) ask_for(next + i);
   for (int64_t first = 0, pass = 0; first < n; ++pass) {
     const int64_t now = (n - first) / (all - pass);
     kPasses[now - 1](p, u, rows, first, y + first * y_stride, y_stride, {next + pass * bytes, read / all});
