@@ -43,7 +43,9 @@ template <class To, class From> inline To as(From x) {
   std::memcpy(&y, &x, sizeof y);
   return y;
 }
+// Memory is asked for what will be read, into the second cache: a unit does not fit into the first beside all else.
 inline void ask_for(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
+
 // f(0), ..., f(N - 1), written out before anything else is done with the code: what an array holds then stays in
 // registers, which the compiler does not see to where it unrolls loops by itself.
 template <class F, int... I> inline __attribute__((always_inline)) void each_of(F& f, std::integer_sequence<int, I...>) {
@@ -96,9 +98,10 @@ struct Matrix {
   }
 };
 
-// Rows of activations as a product wants them: floats, fp16 (unit: what a row was divided by), or 15-bit whole numbers in two planes of 8, x = (128 high +
-// low) * unit with one unit for each group of weights. The second plane costs one more dot product on a line that is
-// there already, and takes the error of the activations away. zero is what the weights' zero point adds to the sums.
+// Rows of activations as a product wants them: floats; fp16, with what each row was divided by in `unit`; or 15-bit whole
+// numbers in two planes of 8, x = (128 high + low) * unit with one unit for each group of weights. The second plane costs
+// one more dot product on a line that is there already, and takes the error of the activations away. zero is what the
+// weights' zero point adds to the sums.
 struct Rows {
   const float* x = nullptr;
   int64_t stride = 0;
