@@ -132,9 +132,9 @@ class NativeModel:
     ``int4`` round what has none yet, the codes to nearest, with one scale for ``group`` inputs.
 
     Steps run on a team of ``threads`` (default: torch's number at each step) that sleeps when it waits for long.
-    Torch's own threads do not: they try for milliseconds after an operation that used them, on the cores it needs. So
-    what chooses the tokens is best done on one thread: ``torch.set_num_threads(1)`` around the loop, and ``threads``
-    here.
+    Torch's own threads do not: they try for milliseconds after an operation that used them, on the cores it needs. The
+    engine chooses its tokens under ``threads.one_thread``; a loop of one's own does best with
+    ``torch.set_num_threads(1)`` around it, and ``threads`` here.
 
     Raises:
         ValueError: ``unsuitable`` or ``library`` says why.

@@ -404,12 +404,12 @@ uint64_t decode_read(const uint8_t* p, int64_t n, int threads) {
   using namespace octavo;
   std::atomic<uint32_t> total{0};
   Counter counter;
-  constexpr int64_t kPiece = 1 << 16;
+  constexpr int64_t kPiece = 1 << 16, kAhead = 8192;  // bytes taken at once, and asked for before they are read
   on_team(threads, [&](Team&, int) {
     Words sum = {};
     for (int64_t i; (i = counter.take() * kPiece) < n;)
       for (int64_t j = i; j + 64 <= std::min(n, i + kPiece); j += 64) {
-        __builtin_prefetch(p + j + 8192);
+        __builtin_prefetch(p + j + kAhead);
         sum ^= *reinterpret_cast<const Words*>(p + j);
       }
     total ^= sum[0] ^ sum[7];
