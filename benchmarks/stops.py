@@ -136,13 +136,14 @@ class Child:
 
     @staticmethod
     def _run(recipe: Path, folder: Path, writer: int, slow_tokenizer: bool) -> int:
-        from octavo.cli.main import main
+        from octavo.cli.main import entry_point
         from octavo.data import vocabulary
 
         if slow_tokenizer:
             vocabulary.SOON_BYTES = 0  # trained in a process of its own, as on much text
         announce(lambda what: os.write(writer, f"{time.monotonic()} {what}\n".encode()) and None)
-        return main(["run", str(recipe), "--out", str(folder), "--no-chat", "--quiet", "--workers", "2"])
+        sys.argv = ["octavo", "run", str(recipe), "--out", str(folder), "--no-chat", "--quiet", "--workers", "2"]
+        return entry_point()
 
     def reach(self, place: str, times: int = 1) -> bool:
         """Wait until ``place`` has begun ``times`` times; False if the run ended before."""
@@ -241,11 +242,13 @@ def stop_at_random(n: int, seed: int, work: Path, *, compiled: bool = False) -> 
                     os.kill(child.id, signal.SIGINT)
                     sent = time.monotonic()
             code = child.wait(patience)
+            if twice and code == -signal.SIGINT:
+                code = 130  # as a shell says it
             seconds = time.monotonic() - sent
             what = f"stop {result.kills + 1} ({'SIGINT twice' if twice else number.name} in {place})"
             result.kills += 1
             result.where[place] = result.where.get(place, 0) + 1
-            # The second signal finds a run that has just ended by the first.
+            # The second signal may find a run that has just ended by the first, or one that is about to.
             if code not in ((75, 130) if twice else (75,)):
                 result.failures.append(f"{what}: exit code {code}: {folder.with_suffix('.stderr').read_text()[-300:]}")
             elif seconds > LATEST_SECONDS:

@@ -2,6 +2,6 @@
 
 import sys
 
-from octavo.cli.main import main
+from octavo.cli.main import entry_point
 
-sys.exit(main())
+sys.exit(entry_point())

@@ -97,7 +97,9 @@ class Parent:
         said = self.tell({"start": spec | {"log": str(log)}})
         assert said["port"], log.read_text("utf-8")
         self._alive.add(said["pid"])
-        return Forked(self, said["pid"], said["port"], log)
+        server = Forked(self, said["pid"], said["port"], log)
+        httpx.get(f"{server.url}/livez", timeout=SECONDS)  # by now its loop has opened what it keeps open
+        return server
 
     def close(self) -> None:
         for pid in list(self._alive):

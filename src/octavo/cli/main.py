@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -263,3 +264,18 @@ def main(args: Sequence[str] | None = None) -> int:
         return _bug(error, debug)
     except Exception as error:
         return _bug(error, debug)
+
+
+def entry_point() -> int:
+    """``main`` as a process of its own, where a Ctrl-C may also come while the last line is written.
+
+    Returns:
+        The exit code, 130 for such a Ctrl-C; from then on another one ends the process without a traceback.
+    """
+    try:
+        try:
+            return main()
+        finally:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+    except KeyboardInterrupt:
+        return INTERRUPTED

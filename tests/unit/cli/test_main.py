@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import types
@@ -100,6 +101,26 @@ def test_version_and_module_entry():
 
     done = octavo("--version")
     assert (done.returncode, done.stdout) == (0, f"octavo {package.__version__}\n")
+
+
+@pytest.mark.parametrize("moment", ["the last line is written", "all is done"])
+def test_a_ctrl_c_at_the_very_end_shows_no_traceback(moment):
+    late = "os.kill(os.getpid(), signal.SIGINT)"
+    code = f"""
+import os, signal, sys
+from octavo.cli import main
+from octavo.errors import StopRequested
+def stopped(words):
+    raise StopRequested("SIGTERM, saved at step 1")
+def refuse(error, cause, debug):
+    {late if moment == "the last line is written" else "return error.exit_code"}
+main._call, main._refuse = stopped, refuse
+code = main.entry_point()
+{late if moment == "all is done" else "sys.exit(code)"}
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    wanted = 130 if moment == "the last line is written" else -signal.SIGINT  # a shell says 130 of both
+    assert (done.returncode, done.stdout, done.stderr) == (wanted, "", "")
 
 
 def test_no_words_show_the_help_and_fail(capsys):
