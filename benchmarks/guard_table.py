@@ -275,7 +275,7 @@ GUARDS = (
     Guard("unknown key of a recipe", "schema.py",
           'frozen=True, extra="forbid"', 'frozen=True, extra="ignore"',
           (CONFIG + "a_misspelt_key_anywhere_is_found_and_the_right_one_suggested",)),
-    Guard("YAML that grows without end", "config.py",
+    Guard("YAML that grows without end", "config/reading.py",
           "if len(found) > MAX_ENTRIES or len(path) > MAX_DEPTH:", "if False:",
           (CONFIG + "yaml_that_means_harm_is_refused_in_one_line",)),
     # ---------------------------------------------------------------------------------------- the server

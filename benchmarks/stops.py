@@ -63,8 +63,8 @@ def preload() -> None:
 
 def announce(tell: Callable[[str], None]) -> None:
     """Wrap the parts of a run, so that they tell when they begin and end."""
-    from octavo import pipeline
     from octavo.data import prepare
+    from octavo.pipeline import judging, text, training
     from octavo.training import checkpoint
     from octavo.training.loop import Trainer
 
@@ -90,13 +90,13 @@ def announce(tell: Callable[[str], None]) -> None:
         return "warm-up" if trainer.step < 3 else "training"
 
     wrap(prepare, "clean_documents", lambda *_: "data")
-    wrap(pipeline, "learn", lambda *_: "tokenizer")
-    wrap(pipeline, "write_shards", lambda *_: "shards")
+    wrap(text, "learn", lambda *_: "tokenizer")
+    wrap(text, "write_shards", lambda *_: "shards")
     wrap(Trainer, "train_step", of_step)
     wrap(Trainer, "validate", lambda *_: "validation")
     wrap(checkpoint, "save", lambda *_: "saving")
-    wrap(pipeline, "evaluate", lambda *_: "eval")
-    made = pipeline.Pipeline._sampler
+    wrap(judging, "evaluate", lambda *_: "eval")
+    made = training.sampler
 
     def sampler(*arguments: Any) -> Callable[[], Any]:
         sample = made(*arguments)
@@ -110,7 +110,7 @@ def announce(tell: Callable[[str], None]) -> None:
 
         return announced
 
-    pipeline.Pipeline._sampler = sampler  # type: ignore[method-assign]
+    training.sampler = sampler
 
 
 class Child:

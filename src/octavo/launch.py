@@ -7,9 +7,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from octavo import pipeline
 from octavo.config import Pretrained, Recipe, apply_overrides
 from octavo.errors import ConfigError
-from octavo.pipeline import Pipeline
 from octavo.plan import compiling_pays, refuse_counted
 from octavo.run import RunFolder
 from octavo.stop import StopSignal
@@ -94,10 +94,9 @@ def run(
                 set_threads(threads)
             for line in [*notices, *folder.write_environment(threads=threads)]:
                 console.warn(line)
-            figures = Pipeline(
-                recipe, folder, console, stop, workers, redo_data=any(key.split(".")[0] == "data" for key in allow)
-            ).run()
-            console.summary(figures)
+            redo_data = any(key.split(".")[0] == "data" for key in allow)
+            job = pipeline.Job(recipe, folder, console, stop, workers, redo_data)
+            console.summary(pipeline.run(job))
         except BaseException as error:
             folder.log_error(error)
             raise

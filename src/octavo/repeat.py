@@ -17,11 +17,12 @@ from typing import Any
 
 from torch import Tensor
 
+from octavo import pipeline
 from octavo.config import Recipe
 from octavo.errors import CheckpointError, ConfigError
 from octavo.launch import freeze
 from octavo.metrics_file import read_metrics
-from octavo.pipeline import Pipeline, Ready
+from octavo.pipeline import Job, Ready
 from octavo.run import RunFolder
 from octavo.stop import StopSignal
 from octavo.training import checkpoint
@@ -185,8 +186,8 @@ def _open(folder: RunFolder, stage: str, place: Path, console: Console | None) -
     threads = section.threads if section else None
     if threads:
         set_threads(threads)
-    pipeline = Pipeline(recipe, folder, console or Console("quiet"), StopSignal())
-    return pipeline.ready(stage, place), folder.environment_changes(threads)
+    job = Job(recipe, folder, console or Console("quiet"), StopSignal())
+    return pipeline.ready(job, stage, place), folder.environment_changes(threads)
 
 
 def _copy_start(folder: RunFolder, stage: str, start: Path | None, place: Path) -> None:

@@ -107,6 +107,11 @@ class RunFolder:
     def base_path(self) -> Path:
         return self.path / "base"
 
+    @property
+    def tuning_data_path(self) -> Path:
+        """What tuning held out, for the scores."""
+        return self.path / "tune" / "data"
+
     def metrics_path(self, stage: str) -> Path:
         return self.path / stage / "metrics.jsonl"
 

@@ -16,10 +16,11 @@ import pytest
 from recipes import tiny_recipe
 
 import octavo
-from octavo import launch, pipeline
+from octavo import launch
 from octavo.cli.main import main
 from octavo.config import Recipe
 from octavo.errors import ConfigErrors, StopRequested
+from octavo.pipeline import text
 from octavo.run import RunFolder
 from octavo.serve.app import create_app
 from octavo.serve.listen import bind, make_server
@@ -231,7 +232,7 @@ def test_a_count_that_was_broken_off_begins_anew_and_ends_the_same(here, tmp_pat
                 os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "count", broken_off)
+        patch.setattr(text, "count", broken_off)
         with pytest.raises(StopRequested, match="in stage count"):
             go(raw, tmp_path / "run")
     stages = RunFolder(tmp_path / "run").stages()

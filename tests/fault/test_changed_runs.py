@@ -12,7 +12,7 @@ from recipes import tiny_recipe, write_texts
 
 from octavo.cli.main import main
 from octavo.metrics_file import read_metrics
-from octavo.pipeline import Pipeline
+from octavo.pipeline import judging
 from octavo.tokenizer import Byte, ByteBPE, train
 from octavo.training import checkpoint
 
@@ -23,7 +23,7 @@ Stopped = tuple[dict[str, Any], Path]
 def no_page() -> Iterator[None]:
     """The page takes longer than all else in so small a run, and says nothing here."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Pipeline, "report", lambda _: {})
+        patched.setattr(judging, "report", lambda _: {})
         yield
 
 

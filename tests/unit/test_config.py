@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from octavo import config as config_module
 from octavo.cli.main import main
 from octavo.config import Recipe, names, schema
 from octavo.errors import ConfigError, ConfigErrors
+from octavo.schema import Config
 
 BASE = """\
 name: x
@@ -75,7 +75,7 @@ def test_everything_wrong_is_said_at_once_with_its_line_and_the_nearest_name(fil
 def every_key(model: Any = None, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The path of every key of a resolved recipe, with the keys that are the user's own names left out."""
     found = []
-    if isinstance(model, config_module.Config):
+    if isinstance(model, Config):
         for name in type(model).model_fields:
             found += [(*path, name), *every_key(getattr(model, name), (*path, name))]
     elif isinstance(model, dict):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from octavo.config import Recipe
 from octavo.data.shards import Shards
 from octavo.errors import CheckpointError, ConfigError, ConfigErrors, DataError, StopRequested
 from octavo.metrics_file import read_metrics
+from octavo.pipeline import order, training
 from octavo.run import RunFolder
 from octavo.training.progress import Console
 
@@ -204,14 +206,16 @@ SLOW = pytest.mark.slow
 def test_stopped_in_any_stage_and_gone_on_with_it_ends_the_same(run, tmp_path, monkeypatch, stage):
     raw, folder = run
     part = tmp_path / "run"
-    work = getattr(pipeline.Pipeline, "evaluate" if stage == "eval" else stage)
+    stages = order.stages
 
-    def late(self: pipeline.Pipeline) -> Any:
-        self.stop._deadline = time.monotonic()  # the time limit is reached as the stage begins
-        return work(self)
+    def late(job: pipeline.Job) -> Any:
+        job.stop._deadline = time.monotonic()  # the time limit is reached as the stage begins
+        return next(each for each in stages(job) if each.name == stage).work(job)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.Pipeline, work.__name__, late)
+        patch.setattr(
+            order, "stages", lambda job: [replace(s, work=late) if s.name == stage else s for s in stages(job)]
+        )
         with pytest.raises(StopRequested) as caught:
             go(raw, part, max_time="1h")
     assert caught.value.exit_code == 75 and f"octavo resume {part}" in str(caught.value)
@@ -298,13 +302,13 @@ def test_tuning_keeps_the_dropout_of_the_recipe(tmp_path, monkeypatch):
     raw["model"]["blocks"]["block"]["dropout"] = 0.25
     seen = {}
 
-    def look(self, stage, *rest):
-        ready = real(self, stage, *rest)
+    def look(job, stage, *rest):
+        ready = real(job, stage, *rest)
         seen[stage] = ready.lm.model.stack()[0].config.dropout
         return ready
 
-    real = pipeline.Pipeline.ready
-    monkeypatch.setattr(pipeline.Pipeline, "ready", look)
+    real = training.ready
+    monkeypatch.setattr(training, "ready", look)
     go(raw, tmp_path / "run")
     assert seen == {"pretrain": 0.25, "tune": 0.25}
 

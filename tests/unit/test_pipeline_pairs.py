@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 import octavo
-from octavo import launch
+from octavo import feed, launch
 from octavo.cli.main import main
 from octavo.config import Recipe
 from octavo.data.pairs import Pair, read
 from octavo.data.pairs import PairsConfig as Files
+from octavo.data.show import Part
 from octavo.errors import ConfigErrors, StopRequested
 from octavo.language_model import LanguageModel
 from octavo.metrics_file import read_metrics
@@ -184,6 +185,41 @@ def test_the_recipe_translation_learns_pairs_of_ones_own(tmp_path, capsys):
     assert json.loads((tmp_path / "own.json").read_text())["pairs"]["right"] == 1
 
 
+def said(part: Part, state: str = "") -> str:
+    return b"".join(token.raw for token in part.tokens if token.state == state or not state).decode()
+
+
+def test_a_step_of_pairs_is_shown_source_and_target(run, capsys):
+    shown = feed.look(Recipe.load(run / "recipe.yaml"), run, "tune", step=1, n=3)
+    assert shown.noun == "pair" and len(shown.rows) == 3
+    for row in shown.rows:
+        source, target = row.parts
+        assert (source.side, target.side) == ("source", "target") and source.piece.number == target.piece.number
+        assert said(source)[::-1] == said(target, "trained") and said(source, "trained") == ""
+        assert target.tokens[0].state == "read" and target.tokens[-1].special  # the start, and what ends a text
+    assert main(["data", "show", str(run), "--rows", "1"]) == 0
+    assert " source, whole, " in capsys.readouterr().out
+
+
+def test_a_shown_pair_says_where_it_stands(tmp_path):
+    file = tmp_path / "colours.tsv"
+    file.write_text("".join(f"{source}\t{target}\n" for source, target in COLOURS.items()), encoding="utf-8")
+    raw = reversing()
+    raw["tune"] |= {"data": {"kind": "pairs", "files": [str(file)]}, "steps": 3, "held_out": 0.25}
+    raw["eval"] = None
+    folder = go(raw, tmp_path / "run")
+    for split, numbers in (("train", {1, 2, 3}), ("valid", {4})):
+        rows = feed.look(Recipe.load(folder / "recipe.yaml"), folder, "tune", split=split, n=9).rows
+        lines = [int(row.parts[0].origin.removeprefix(f"{file}:")) for row in rows]
+        assert set(lines) == numbers
+        assert [said(row.parts[0]) for row in rows] == [list(COLOURS)[line - 1] for line in lines]
+    assert feed.changed(Recipe.load(folder / "recipe.yaml"), folder) == []
+    file.write_text("red\trot\n", encoding="utf-8")
+    assert feed.changed(Recipe.load(folder / "recipe.yaml"), folder) == [
+        "the pairs have changed since this run was tuned on them"
+    ]
+
+
 # ----------------------------------------------------------------------------------------- damaged text
 
 
@@ -226,6 +262,12 @@ def test_damaged_text_and_prefixes_are_learnt_scored_and_gone_on_with(kind, text
         assert "it is scored on pairs" in capsys.readouterr().err
     assert main(["generate", str(run), "The cat saw", "--max-new-tokens", "4"]) == 0
     assert "not finished" not in page
+    rows = feed.look(Recipe.load(run / "recipe.yaml"), run, "pretrain", n=2).rows
+    if kind != "prefix":
+        (source, target), where = rows[0].parts, str(text)
+        assert source.origin.startswith(where) and source.trained == 0 < target.trained
+        marks = [token.special for token in source.tokens if token.special]
+        assert ("<extra_id_0>" in marks) == (kind == "spans") and ("<|mask|>" in marks) == (kind == "infilling")
     assert outcome(gone_on(learning(text, kind), tmp_path / "again", monkeypatch), "pretrain") == outcome(
         run, "pretrain"
     )

@@ -14,7 +14,7 @@ from recipes import tiny_recipe
 from octavo import repeat
 from octavo.cli.main import main
 from octavo.metrics_file import read_metrics
-from octavo.pipeline import Pipeline
+from octavo.pipeline import judging
 from octavo.training import checkpoint
 from octavo.training.loop import Trainer
 from octavo.training.replay import Replay
@@ -24,7 +24,7 @@ from octavo.training.replay import Replay
 def no_page() -> Iterator[None]:
     """The page takes longer than all else in so small a run, and says nothing here."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Pipeline, "report", lambda _: {})
+        patched.setattr(judging, "report", lambda _: {})
         yield
 
 

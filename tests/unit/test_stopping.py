@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from recipes import tiny_recipe
 
-from octavo import launch, pipeline
+from octavo import launch
 from octavo.config import Recipe
 from octavo.data import prepare, vocabulary
 from octavo.errors import StopRequested
 from octavo.eval import metrics
 from octavo.language_model import LanguageModel
 from octavo.metrics_file import read_metrics
-from octavo.pipeline import Pipeline
+from octavo.pipeline import judging, text
 from octavo.run import RunFolder
 from octavo.stop import StopSignal
 from octavo.training import checkpoint
@@ -28,7 +28,7 @@ from octavo.training.progress import Console
 def no_page() -> Iterator[None]:
     """The page takes longer than all else in so small a run, and says nothing here."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Pipeline, "report", lambda _: {})
+        patched.setattr(judging, "report", lambda _: {})
         yield
 
 
@@ -117,7 +117,7 @@ def test_the_training_of_a_tokenizer(raw, tmp_path, monkeypatch, soon):
     raw = {**raw, "tokenizer": {"kind": "byte_bpe", "vocab_size": 300}}
     stop, saved = Asked(), []
     monkeypatch.setattr(vocabulary, "SOON_BYTES", soon)
-    when_called(monkeypatch, pipeline, "learn", 1, stop.ask)
+    when_called(monkeypatch, text, "learn", 1, stop.ask)
     monkeypatch.setattr(vocabulary.Tokenizer, "save", lambda *_: saved.append(1))
     what = stopped(raw, tmp_path / "run", stop, "tokenizer")
     assert what == "SIGTERM, while training the tokenizer" and not saved
@@ -125,7 +125,7 @@ def test_the_training_of_a_tokenizer(raw, tmp_path, monkeypatch, soon):
 
 def test_the_writing_of_shards(raw, tmp_path, monkeypatch):
     stop = Asked()
-    splits = when_called(monkeypatch, pipeline, "write_shards", 1, stop.ask)
+    splits = when_called(monkeypatch, text, "write_shards", 1, stop.ask)
     assert stopped(raw, tmp_path / "run", stop, "tokenizer") == "SIGTERM, while preparing"
     assert splits == [1]  # the held-out documents were not begun
 
@@ -197,7 +197,7 @@ def test_sampling_is_broken_off_between_two_tokens_and_done_again(raw, whole, tm
 
 def test_the_scores_are_broken_off_at_once(raw, tmp_path, monkeypatch):
     reached = []
-    real = pipeline.evaluate
+    real = judging.evaluate
 
     def evaluate(**named: Any) -> Any:
         reached.append("begun")
@@ -205,7 +205,7 @@ def test_the_scores_are_broken_off_at_once(raw, tmp_path, monkeypatch):
         reached.append("went on")
         return real(**named)
 
-    monkeypatch.setattr(pipeline, "evaluate", evaluate)
+    monkeypatch.setattr(judging, "evaluate", evaluate)
     with StopSignal(notify=lambda _: None) as stop:
         what = stopped(raw, tmp_path / "run", stop, "eval")
     assert what == "SIGTERM, in stage eval" and reached == ["begun"]

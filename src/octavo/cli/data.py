@@ -299,8 +299,8 @@ def _opened(words: list[str], workers: int | None = None, *, quiet: bool = False
     Raises:
         ConfigError: it is neither, or a run was given overrides.
     """
+    from octavo import pipeline
     from octavo.config import Recipe
-    from octavo.pipeline import Pipeline
     from octavo.run import RunFolder
     from octavo.stop import StopSignal
     from octavo.training.progress import Console
@@ -319,10 +319,9 @@ def _opened(words: list[str], workers: int | None = None, *, quiet: bool = False
     with tempfile.TemporaryDirectory(prefix="octavo-data-") as scratch:
         console = Console("quiet" if quiet else "auto")
         console.note(f"preparing the data of {recipe.name} in a temporary folder (`octavo run` would keep them)")
-        made = Pipeline(recipe, RunFolder(scratch), console, StopSignal(), workers)
-        if recipe.data is not None:
-            made.data()
-        made.tokenizer()
+        job = pipeline.Job(recipe, RunFolder(scratch), console, StopSignal(), workers)
+        pipeline.read_documents(job)
+        pipeline.tokenise(job)
         yield recipe, Path(scratch)
 
 

@@ -46,14 +46,15 @@ def evaluate(
     Example: [bold]octavo eval runs/quickstart[/bold]   ·   [bold]octavo eval my-model --data book.txt[/bold]
     """
     from octavo.eval import answers, metrics, runner
+    from octavo.feed.sources import HELD_PAIRS
     from octavo.files import make_folder
     from octavo.language_model import load
     from octavo.models.encoder_decoder import EncoderDecoder
-    from octavo.run import find_model
+    from octavo.run import RunFolder, find_model
     from octavo.training.progress import Console
 
     find_model(model, files=True)
-    kept = model / "tune" / "data" / "held_pairs.jsonl"
+    kept = RunFolder(model).tuning_data_path / HELD_PAIRS
     if pairs is not None or (data is None and kept.is_file()):
         score_pairs(model, pairs or kept, out)
         return

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from octavo import feed
+from octavo import feed, pipeline
 from octavo.comparing.result import Result, Row
 from octavo.comparing.settings import Budget, Comparison
 from octavo.config import Recipe
@@ -30,7 +30,7 @@ from octavo.language_model import LanguageModel, load
 from octavo.launch import freeze
 from octavo.models.cost import cost, state_bytes
 from octavo.models.decoder import Decoder
-from octavo.pipeline import Pipeline
+from octavo.pipeline import Job
 from octavo.predictors.kinds import count, facts
 from octavo.run import RunFolder, fingerprint
 from octavo.stop import StopSignal
@@ -103,7 +103,7 @@ class Bench:
         with RunFolder(place).lock() as folder:
             if not folder.recipe_path.is_file():
                 folder.write_recipe(common.plain())
-            Pipeline(common, folder, self.console, self.stop).run(until="tokenizer")
+            pipeline.run(Job(common, folder, self.console, self.stop), until="tokenizer")
         if not feed.has_held_out(place):
             raise DataError("no documents are held out, and models are compared on them", fix="set data.split.held_out")
         return place
@@ -189,7 +189,7 @@ def _trained(
     if begun != {"fingerprint": known, "steps": steps}:  # what lies there is of another comparison
         shutil.rmtree(place / "checkpoints", ignore_errors=True)
         write_json(place / "begun.json", {"fingerprint": known, "steps": steps})
-    ready = Pipeline(settled, RunFolder(prepared), console, stop).ready("pretrain", place)
+    ready = pipeline.ready(Job(settled, RunFolder(prepared), console, stop), "pretrain", place)
     pace = _pace_of(place.parent / "pace.json")
     ready.trainer.fit()
     ready.lm.save(place / "model")
@@ -294,7 +294,8 @@ def _measured(recipe: Recipe, prepared: Path, stop: StopSignal) -> dict[str, flo
     """Processor seconds, tokens and FLOPs of a step, by doing some."""
     with tempfile.TemporaryDirectory() as scratch:
         quiet = recipe.replace({"train.steps": 1_000_000, "train.sample_prompts": []})
-        ready = Pipeline(quiet, RunFolder(prepared), Console("quiet"), stop).ready("pretrain", Path(scratch))
+        job = Job(quiet, RunFolder(prepared), Console("quiet"), stop)
+        ready = pipeline.ready(job, "pretrain", Path(scratch))
         trainer, times = ready.trainer, list[float]()
         trainer.model.train()
         for _ in range(WARM_STEPS):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,10 +27,11 @@ SUFFIXES = (".jsonl", ".tsv")
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A text and what is to be written for it."""
+    """A text and what is to be written for it; ``where`` it stands, FILE:LINE, if it was read."""
 
     source: str
     target: str
+    where: str = field(default="", compare=False)
 
 
 class PairsConfig(Config):
@@ -101,7 +102,7 @@ def _pair(line: str, where: str, suffix: str, config: PairsConfig) -> Pair:
         parts = line.rstrip("\r").split("\t")
         if len(parts) != 2:
             raise DataError(f"{len(parts)} fields, a pair has two", fix="separate them by one tab", where=where)
-        return Pair(*parts)
+        return Pair(parts[0], parts[1], where)
     try:
         row = json.loads(line)
         source, target = row[config.source_key], row[config.target_key]
@@ -109,7 +110,7 @@ def _pair(line: str, where: str, suffix: str, config: PairsConfig) -> Pair:
         raise DataError(f"no pair: {error}", fix="set source_key and target_key as in the file", where=where) from None
     if not isinstance(source, str) or not isinstance(target, str):
         raise DataError("source and target must be texts", fix="write them as texts", where=where)
-    return Pair(source, target)
+    return Pair(source, target, where)
 
 
 class PairRows(Packed):
@@ -156,7 +157,7 @@ class PairRows(Packed):
 
     def pieces(self, epoch: int, number: int) -> list[Piece]:
         n = int(self.valid[number].sum())
-        return [Piece(0, n, n, self.numbers[number], 0, n)]
+        return [Piece(0, n, n, number, 0, n)]
 
     def report(self) -> PackReport:
         targets, slots = int(self.valid.sum()), self.valid.size

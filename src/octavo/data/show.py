@@ -13,6 +13,8 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import numpy as np
+
 from octavo.data import prepare
 from octavo.data.pack import Batch, Packed, Piece
 from octavo.report import html, words
@@ -59,12 +61,14 @@ class Part:
         tokens: those in the row and, of what was cut off, the first ones.
         cut: how many tokens were cut off at the end.
         origin: where it comes from, "" if unknown.
+        side: source or target, of a model that reads one and writes the other.
     """
 
     piece: Piece
     tokens: list[Token]
     cut: int = 0
     origin: str = ""
+    side: str = ""
 
     @property
     def trained(self) -> int:
@@ -117,7 +121,9 @@ def rows_of(
     for number, (packed, epoch, index) in enumerate(places):
         arrays = {name: values[number] for name, values in batch.items()}
         pieces = [piece for piece in packed.pieces(epoch, index) if piece.slots]
-        if packed.in_place:
+        if "source" in arrays:
+            parts = _source_and_target(arrays, pieces[0].number, tokenizer, tell)
+        elif packed.in_place:
             parts = [_masked(arrays, piece, tokenizer, tell) for piece in pieces]
         else:
             parts = [_part(arrays, piece, tokenizer, tell) for piece in pieces]
@@ -143,6 +149,23 @@ def _part(row: Batch, piece: Piece, tokenizer: Tokenizer, tell: Tell) -> Part:
     rest = list(told.ids[piece.offset + piece.tokens :])
     tokens += [_token(tokenizer, int(id), "unseen") for id in rest[:UNSEEN_SHOWN]]
     return Part(piece, tokens, len(rest), told.origin)
+
+
+def _source_and_target(row: Batch, number: int, tokenizer: Tokenizer, tell: Tell) -> list[Part]:
+    """What is read whole and what is written for it, in rows of an encoder-decoder.
+
+    Args:
+        number: of the pair, or of the first document of the row that was damaged.
+    """
+    read, written = int(row["source_valid"].sum()), int(row["valid"].sum())
+    source = {"tokens": row["source"], "targets": row["source"], "positions": np.arange(len(row["source"]))}
+    source["loss_mask"] = np.zeros(len(row["source"]))
+    origin = Told(tell(number).origin)
+    parts = [
+        _part(source, Piece(0, read, read, number, 0, read), tokenizer, lambda _: origin),
+        _part(row, Piece(0, written, written + 1, number, 0, written + 1), tokenizer, lambda _: Told()),
+    ]
+    return [replace(part, side=side) for part, side in zip(parts, ("source", "target"), strict=True)]
 
 
 def _masked(row: Batch, piece: Piece, tokenizer: Tokenizer, tell: Tell) -> Part:
@@ -300,7 +323,8 @@ def about_part(part: Part, noun: str) -> str:
     """The heading of a document or conversation in a row."""
     piece = part.piece
     last = piece.offset + piece.tokens
-    told = [f"{noun} {piece.number:,}" + (f"  {words.printable(part.origin)}" if part.origin else "")]
+    name = f"{noun} {piece.number:,}" + (f" {part.side}" if part.side else "")
+    told = [name + (f"  {words.printable(part.origin)}" if part.origin else "")]
     if piece.tokens == piece.length and not part.cut:
         told.append(f"whole, {piece.tokens:,} tokens")
     else:

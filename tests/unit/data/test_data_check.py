@@ -19,7 +19,7 @@ from octavo.data.chat import ChatReport, Conversation
 from octavo.data.check import Documents, Finding, HeldOut, script_of, scripts, worst
 from octavo.data.document import Document
 from octavo.data.shards import Shards
-from octavo.pipeline import Pipeline
+from octavo.pipeline import judging
 from octavo.tokenizer import CHATML, Byte, ByteBPE, Tokenizer, Word, train
 from octavo.training.progress import Console
 
@@ -300,7 +300,7 @@ def run(tmp_path_factory):
     raw = tiny_recipe(folder, eval=None, train={"steps": 1, "sample_prompts": []}, tune={"steps": 1})
     (folder / "recipe.yaml").write_text(json.dumps(raw))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pipeline, "report", lambda _: {})  # its drawings take seconds
+        patch.setattr(judging, "report", lambda _: {})  # its drawings take seconds
         launch.run(Recipe.parse(raw), out=folder / "run", console=Console("quiet"), workers=1)
     return folder / "run", folder / "recipe.yaml"
 

@@ -18,7 +18,7 @@ from octavo.data.loader import Loader
 from octavo.data.pack import StreamRows, WholeRows
 from octavo.data.show import Token, Told, lines, spans, to_html, to_plain, to_rich
 from octavo.errors import ConfigError
-from octavo.pipeline import Pipeline
+from octavo.pipeline import judging
 from octavo.tokenizer import Byte, ByteBPE, Tokenizer, train
 from octavo.training.progress import Console
 
@@ -50,7 +50,7 @@ def run(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loader, "_make", make)
-        patch.setattr(Pipeline, "report", lambda _: {})  # its drawings take seconds
+        patch.setattr(judging, "report", lambda _: {})  # its drawings take seconds
         launch.run(Recipe.parse(raw), out=folder / "run", console=Console("quiet"), workers=1)
     return folder / "run", folder / "recipe.yaml", seen
 
