@@ -2,28 +2,100 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.errors import ConfigError
+from octavo.errors import ConfigError, NumericError
 from octavo.infer.executors import PlainExecutor, fastest
 from octavo.infer.memory import Pool, kind_of
+from octavo.infer.said import Said, further
+from octavo.infer.sampling import SamplingConfig, guess
 from octavo.infer.scheduler import Sequence as Text
 from octavo.infer.scheduler import Work
 from octavo.models.decoder import Decoder
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A text that may be guessed ahead.
+
+    Args:
+        room: the most tokens it may still have.
+        config, prompt, produced, stream: how its next token is chosen, as ``sampling.choose`` takes it.
+        settings: of ``config``, equal for texts that can be chosen for together.
+        n_tokens: ids from here on are no tokens.
+    """
+
+    text: Text
+    room: int
+    config: SamplingConfig
+    prompt: Sequence[int]
+    produced: Said
+    stream: torch.Generator
+    settings: Any
+    n_tokens: int
+
+
+@dataclass
+class Draft:
+    """Guesses of how a text goes on.
+
+    Args:
+        drawn_from: (len(tokens), V) float64, the distribution that each was drawn from; None where none was drawn.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    drawn_from: Tensor | None = None
+
+
 class Drafter(Protocol):
     """Proposes how texts go on."""
 
-    def propose(self, texts: Sequence[tuple[Text, int]]) -> list[list[int]]:
-        """For each text, and the most tokens it has room for, as many guesses as are worth judging; none is fine."""
+    def propose(self, asked: Sequence[Asked]) -> list[Draft]:
+        """For each text as many guesses as are worth judging, within its room; none is fine.
+
+        What is drawn must not depend on anything that is drawn later, or the answers are distributed otherwise.
+        """
         ...
+
+
+Guess = tuple[int, Tensor | None]  # a token, -1 for none, and the distribution (V,) that it was drawn from
+
+
+def _guessed(logits: Tensor, asked: Sequence[Asked], before: Sequence[Sequence[int]]) -> list[Guess]:
+    """A draft model's next token for each text, chosen as the model's own will be, and what it was drawn from.
+
+    Where the draft model is as sure of each token as the model, every token is accepted; the settings that shape the
+    model's distribution (temperature, top-k, penalties) shape the draft's alike.
+
+    Args:
+        logits: (B, V) of the draft model.
+        before: of each text, what was guessed before this token.
+    """
+    found: list[Guess] = [(-1, None)] * len(asked)
+    groups: dict[Any, list[int]] = {}
+    for i, one in enumerate(asked):
+        groups.setdefault((one.settings, one.n_tokens), []).append(i)
+    for rows in groups.values():
+        some = [asked[i] for i in rows]
+        said = [further(one.produced, before[i]) for i, one in zip(rows, some, strict=True)]
+        prompts, streams = [one.prompt for one in some], [one.stream for one in some]
+        own, n = logits[rows].float(), some[0].n_tokens
+        own = F.pad(own, (0, n - own.shape[1]), value=-math.inf)  # also cuts off what is no token of the model
+        try:
+            tokens, probs = guess(own, some[0].config, prompts, said, streams)
+        except NumericError:  # a draft model that knows nothing makes no draft
+            continue
+        for k, i in enumerate(rows):
+            found[i] = tokens[k], None if probs is None else probs[k]
+    return found
 
 
 class PromptLookup:
@@ -37,8 +109,8 @@ class PromptLookup:
         self.n, self.longest, self.shortest = n, longest, shortest
         self.places: WeakKeyDictionary[Text, _Places] = WeakKeyDictionary()
 
-    def propose(self, texts: Sequence[tuple[Text, int]]) -> list[list[int]]:
-        return [self._continued(text)[:room] for text, room in texts]
+    def propose(self, asked: Sequence[Asked]) -> list[Draft]:
+        return [Draft(self._continued(one.text)[: one.room]) for one in asked]
 
     def _continued(self, text: Text) -> list[int]:
         tokens, places = text.tokens, self.places.setdefault(text, _Places())
@@ -62,7 +134,9 @@ class _Places:
 
 
 class ModelDraft:
-    """The most probable tokens of a smaller model of the same vocabulary: trained, or counted (an n-gram model).
+    """What a smaller model of the same vocabulary would say: trained, or counted (an n-gram model).
+
+    At temperature 0 its most probable tokens; above it tokens drawn from its own distribution, shaped as the model's.
 
     Args:
         n_slots: texts that have a state at once, as many as the engine's.
@@ -79,18 +153,19 @@ class ModelDraft:
         self.executor = fastest(model, self.pool, PlainExecutor(model, self.pool))
         self.known: dict[int, _Known] = {}
 
-    def propose(self, texts: Sequence[tuple[Text, int]]) -> list[list[int]]:
+    def propose(self, asked: Sequence[Asked]) -> list[Draft]:
         limit = self.model.max_seq_len
-        rooms = [min(self.n, room, limit - len(text.tokens)) for text, room in texts]
-        able = [(text, room) for (text, _), room in zip(texts, rooms, strict=True) if room > 0]
-        own = [self._followed(text) for text, _ in able]
-        self._read([Work(mine, mine.pending) for mine in own])
-        for mine in own:
-            self.known[mine.slot or 0].save(self.pool)
-        for i in range(1, max((room for _, room in able), default=0)):
-            self._read([Work(mine, 1) for mine, (_, room) in zip(own, able, strict=True) if room > i])
-        found = iter([mine.tokens[len(text.tokens) :] for mine, (text, _) in zip(own, able, strict=True)])
-        return [next(found) if room > 0 else [] for room in rooms]
+        rooms = [min(self.n, one.room, limit - len(one.text.tokens)) for one in asked]
+        found = [Draft() for _ in asked]
+        going = [_Going(one, self._followed(one.text), draft, room)
+                 for one, draft, room in zip(asked, found, rooms, strict=True) if room > 0]  # fmt: skip
+        begun = going
+        while going:
+            self._read(going, first=going is begun)
+            going = [one for one in going if one.alive and len(one.draft.tokens) < one.room]
+        for one in begun:
+            one.draft.drawn_from = torch.stack(one.drawn_from) if one.drawn_from else None
+        return found
 
     def _followed(self, text: Text) -> Text:
         """This model's own copy of a text, gone back to where the two part, with at least one token to read."""
@@ -103,11 +178,37 @@ class ModelDraft:
         known.go_back(self.pool, text.tokens)
         return known.own
 
-    def _read(self, works: Sequence[Work]) -> None:
-        for work, logits in self.executor(works):
+    def _read(self, going: Sequence[_Going], *, first: bool) -> None:
+        """One token more of each: what is known of a text first, then its last guess."""
+        of = {id(one.own): one for one in going}
+        read, rows = list[_Going](), list[Tensor]()
+        for work, logits in self.executor([Work(one.own, one.own.pending if first else 1) for one in going]):
             assert logits is not None
             work.sequence.length += work.n
-            work.sequence.tokens.append(int(logits[-1].argmax()))
+            read.append(of[id(work.sequence)])
+            rows.append(logits[-1])
+        if first:
+            for one in going:
+                self.known[one.own.slot or 0].save(self.pool)
+        guesses = _guessed(torch.stack(rows), [one.asked for one in read], [one.draft.tokens for one in read])
+        for one, (token, probs) in zip(read, guesses, strict=True):
+            one.alive = token >= 0
+            if one.alive:
+                one.own.tokens.append(token)
+                one.draft.tokens.append(token)
+                one.drawn_from += [] if probs is None else [probs]
+
+
+@dataclass
+class _Going:
+    """A text while a model drafts for it."""
+
+    asked: Asked
+    own: Text
+    draft: Draft
+    room: int
+    drawn_from: list[Tensor] = field(default_factory=list)
+    alive: bool = True
 
 
 class _Known:
@@ -169,21 +270,25 @@ class ModuleDraft:
             found = self.texts[sequence.slot] = _Observed(sequence)
         found.take(sequence.length, hidden)
 
-    def propose(self, texts: Sequence[tuple[Text, int]]) -> list[list[int]]:
-        drafts: list[list[int]] = [[] for _ in texts]
+    def propose(self, asked: Sequence[Asked]) -> list[Draft]:
+        drafts = [Draft() for _ in asked]
         groups: dict[int, list[int]] = {}
-        for i, (text, room) in enumerate(texts):
+        for i, one in enumerate(asked):
+            text = one.text
             own = self.texts.get(text.slot if text.slot is not None else -1)
-            if room > 0 and own is not None and own.owner is text and own.known(text.length):
+            if one.room > 0 and own is not None and own.owner is text and own.known(text.length):
                 groups.setdefault(text.length - own.read, []).append(i)
         for rows in groups.values():
-            for i, token in zip(rows, self._foretold([texts[i][0] for i in rows]), strict=True):
-                drafts[i] = [token]
+            some = [asked[i] for i in rows]
+            foretold = _guessed(self._foretold([one.text for one in some]), some, [()] * len(some))
+            for i, (token, probs) in zip(rows, foretold, strict=True):
+                if token >= 0:
+                    drafts[i] = Draft([token], None if probs is None else probs[None])
         return drafts
 
     @torch.inference_mode()
-    def _foretold(self, texts: list[Text]) -> list[int]:
-        """The token after the last one of each text, all with as many new tokens."""
+    def _foretold(self, texts: list[Text]) -> Tensor:
+        """Logits of the token after the last one of each text, all with as many new tokens: (B, V)."""
         own = [self.texts[text.slot or 0] for text in texts]
         hidden = torch.stack([one.hidden[: text.length - one.read] for one, text in zip(own, texts, strict=True)])
         following = [text.tokens[one.read + 1 : text.length + 1] for one, text in zip(own, texts, strict=True)]
@@ -192,7 +297,7 @@ class ModuleDraft:
         made = self.model.foretell(hidden, torch.tensor(following, device=hidden.device), state)
         for one, text in zip(own, texts, strict=True):
             one.drop(text.length)
-        return self.model.logits(made[:, -1]).argmax(-1).tolist()
+        return self.model.logits(made[:, -1])
 
 
 class _Observed:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from octavo.errors import ConfigError, NumericError, ResourceError
 from octavo.infer.blocks import Blocks
-from octavo.infer.drafts import Drafter, ModuleDraft
+from octavo.infer.drafts import Asked, Drafter, ModuleDraft
 from octavo.infer.executors import Executor, PassFailed, PlainExecutor, executor_of
 from octavo.infer.memory import Pool, bytes_of, free_bytes, kind_of
 from octavo.infer.request import Constraint, EngineConfig, Failure, Request, check_prompts
@@ -51,6 +51,7 @@ class _Row:
     how: tuple[object, ...]
     constraint: Constraint | None
     followers: list[_Row] = field(default_factory=list)
+    drawn_from: Tensor | None = None  # the distributions that its draft was drawn from
 
     def __post_init__(self) -> None:
         tokens, n_prompt = self.sequence.tokens, self.sequence.n_prompt
@@ -254,16 +255,19 @@ class Engine:
 
     def _draft(self, drafter: Drafter) -> None:
         """Let every text that goes on have a draft, as far as it may still go."""
-        asked = list[tuple[Text, int]]()
+        asked = list[Asked]()
         for sequence in self.scheduler.running:
             row: _Row = sequence.owner
             sequence.draft = []
             n, request = len(sequence.tokens), row.request
             room = min(request.config.max_new_tokens - (n - sequence.n_prompt), self.model.max_seq_len - n) - 1
             if sequence.pending == 1 and room > 0 and not sequence.whole and row.constraint is None:
-                asked.append((sequence, room))
-        for (sequence, room), draft in zip(asked, drafter.propose(asked), strict=True):
-            sequence.draft = list(itertools.takewhile(lambda token: 0 <= token < self.n_tokens, draft[:room]))
+                settings = (request.config, row.prompt, row.produced, row.stream, row.how, self.n_tokens)
+                asked.append(Asked(sequence, room, *settings))
+        for one, draft in zip(asked, drafter.propose(asked), strict=True):
+            sequence, tokens = one.text, draft.tokens[: one.room]
+            sequence.draft = list(itertools.takewhile(lambda token: 0 <= token < self.n_tokens, tokens))
+            sequence.owner.drawn_from = draft.drawn_from
 
     def _judged(self, work: Work, logits: Tensor, saved: Any) -> Iterable[Event]:
         """A draft was read: what is accepted of it and the token after it. The state goes back behind the rest."""
@@ -274,7 +278,8 @@ class Engine:
         try:
             with one_thread(logits.numel()):
                 logits = logits[:, : self.n_tokens].float()
-                chosen = judge(logits, work.draft, request.config, row.prompt, row.produced, row.stream)
+                drafted = work.draft, request.config, row.prompt, row.produced, row.stream, row.drawn_from
+                chosen = judge(logits, *drafted)
                 scores = token_scores(logits[: len(chosen)], chosen, request.n_top)
         except NumericError as error:
             self.cancel(request)

@@ -170,7 +170,8 @@ class CompiledExecutor:
 
     def __init__(self, model: Any, pool: Pool, plain: PlainExecutor, backend: Any = "inductor"):
         self.model, self.pool, self.plain = model, pool, plain
-        self.step = torch.compile(self._step, fullgraph=True, backend=backend)
+        # Apart from those of other engines in this process, which would use up the number of versions there may be.
+        self.step = torch.compile(self._step, fullgraph=True, backend=backend, isolate_recompiles=True)
         self.broken = not plain.has_hidden or bool(pool.memories) or not model.capabilities.compilable
 
     def __call__(self, works: Sequence[Work]) -> Iterable[tuple[Work, Tensor | None]]:

@@ -210,9 +210,14 @@ def draw(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     Raises:
         NumericError: a row has a NaN, or nothing that can be chosen.
     """
+    return draw_from(logits.double().softmax(-1), generators)
+
+
+def draw_from(weights: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """``draw`` by weights that need not sum to one: (B, V) float64 -> (B,) int64."""
     import torch
 
-    cumulative = logits.double().softmax(-1).cumsum(-1)
+    cumulative = weights.cumsum(-1)
     total = cumulative[:, -1]
     if not bool((total > 0).all()):  # a NaN fails this too
         raise _nothing(int((~(total > 0)).nonzero()[0]))
@@ -250,6 +255,24 @@ def choose(
     return tokens.tolist()
 
 
+def guess(
+    logits: Tensor,
+    config: SamplingConfig,
+    prompts: Sequence[Sequence[int]],
+    produced: Sequence[Sequence[int]],
+    streams: Sequence[torch.Generator],
+) -> tuple[list[int], Tensor | None]:
+    """``choose`` for a draft: the tokens, and what they were drawn from, (B, V) float64; None where nothing is drawn.
+
+    Raises:
+        NumericError: as ``draw``.
+    """
+    if config.greedy:
+        return choose(logits, config, prompts, produced, streams), None
+    probs = shape(logits, config, prompts, produced).double().softmax(-1)
+    return draw_from(probs, streams).tolist(), probs
+
+
 def judge(
     logits: Tensor,
     draft: Sequence[int],
@@ -257,17 +280,19 @@ def judge(
     prompt: Sequence[int],
     produced: Sequence[int],
     stream: torch.Generator,
+    drawn_from: Tensor | None = None,
 ) -> list[int]:
     """The tokens that a draft leads to: as many of it as are accepted, and one more.
 
-    Each draft token is accepted with the probability that the model gives it; where one is not, the next is drawn from
-    all others. So every token has exactly the distribution that it has without a draft (Leviathan et al. 2023,
-    section 2.3 and appendix A.1, for a draft that puts all its probability on one token). At temperature 0 the draft is
-    accepted as far as it is what would be chosen.
+    A draft token is accepted with probability min(1, p/q), p the model's probability of it and q the one it was drawn
+    with; where one is not, the next is drawn in proportion to max(0, p - q) over all tokens. So every token has exactly
+    the distribution that it has without a draft (Leviathan et al. 2023, section 2.3 and appendix A.1). At temperature 0
+    the draft is accepted as far as it is what would be chosen.
 
     Args:
         logits: (len(draft) + 1, V), after the last known token and after each of the draft.
         stream: takes one number for each token that is judged, and one for the last.
+        drawn_from: (len(draft) or more, V), q; None where the draft was not drawn: q is then 1 for each of its tokens.
 
     Raises:
         NumericError: as ``draw``.
@@ -282,11 +307,17 @@ def judge(
         return best[: n + 1]
     probs = shape(logits, config, prompts, said).double().softmax(-1)
     for i, token in enumerate(draft):
-        if not float(torch.rand((), generator=stream, dtype=torch.float64)) < float(probs[i, token]):
-            rest = probs[i].log()
-            rest[token] = -math.inf
-            return [*draft[:i], int(draw(rest[None], [stream])[0])]
-    return [*draft, int(draw(probs[-1:].log(), [stream])[0])]
+        q = 1.0 if drawn_from is None else float(drawn_from[i, token])
+        if not float(torch.rand((), generator=stream, dtype=torch.float64)) * q < float(probs[i, token]):
+            rest = probs[i].clone()
+            if drawn_from is None:
+                rest[token] = 0
+            else:
+                rest = (rest - drawn_from[i]).clamp(min=0)
+            if not bool(rest.sum() > 0):  # the two are equal but for rounding
+                rest = probs[i]
+            return [*draft[:i], int(draw_from(rest[None], [stream])[0])]
+    return [*draft, int(draw_from(probs[-1:], [stream])[0])]
 
 
 def generator(config: SamplingConfig, row: int) -> torch.Generator:

@@ -91,7 +91,8 @@ class Trainer:
         self.forward: Callable[[Batch], tuple[Tensor, Aux]] = self._losses
         if config.compile == "step":
             use_compile_cache()
-            self.forward = torch.compile(self._losses, dynamic=False)
+            # Apart from those of other trainings in this process: of one function only a few versions are compiled.
+            self.forward = torch.compile(self._losses, dynamic=False, isolate_recompiles=True)
         self.compiling = config.compile == "step"  # until the first gradient is there; it may be broken off
         self.step = self.tokens_seen = 0
         self.guard = Guard(config, self.optimizer, held.folder, held.run_id, held.console)

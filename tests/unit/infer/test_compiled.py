@@ -103,6 +103,16 @@ def test_answers_are_those_alone_to_the_bit(tokenizer):
         assert [(piece.id, piece.score.logprob) for _, piece in together.run()] == found[id(request)], again.prompt
 
 
+def test_however_many_engines_there_were_the_next_is_compiled_too(tokenizer):
+    """torch compiles a function for so many objects only; here, more engines than that have one step each."""
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for kind in list(BLOCKS)[:4]:
+            engine = engine_of(made_of(kind), tokenizer, "eager")
+            engine.add(Request(PROMPTS[0], SamplingConfig(max_new_tokens=3, temperature=0)))
+            list(engine.run())
+            assert not engine.executor.broken
+
+
 def test_what_cannot_be_compiled_is_read_plainly(tokenizer, caplog):
     def fails(graph, inputs):
         raise RuntimeError("there is no compiler")

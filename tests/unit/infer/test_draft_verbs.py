@@ -37,7 +37,7 @@ def n_made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def noted(self, texts):
         drafts = propose(self, texts)
-        made.extend(map(len, drafts))
+        made.extend(len(draft.tokens) for draft in drafts)
         return drafts
 
     monkeypatch.setattr(ModuleDraft, "propose", noted)

@@ -12,10 +12,11 @@ from pydantic import TypeAdapter
 from test_engine import KINDS, PROMPTS, alone, answers, model_of, nothing_is_held
 
 from octavo.errors import ConfigError
-from octavo.infer.drafts import ModelDraft, ModuleDraft, PromptLookup
+from octavo.infer.drafts import Asked, Draft, ModelDraft, ModuleDraft, PromptLookup
 from octavo.infer.engine import Engine
 from octavo.infer.request import EngineConfig, Request
-from octavo.infer.sampling import SamplingConfig, judge, shape
+from octavo.infer.said import Said
+from octavo.infer.sampling import SamplingConfig, choose, draw_from, judge, shape
 from octavo.infer.scheduler import Sequence
 from octavo.models.decoder import Decoder
 from octavo.nn.contracts import Inputs
@@ -37,12 +38,13 @@ class Told:
     def __init__(self, texts: dict[tuple[int, ...], list[int]], wrong_at: int):
         self.texts, self.wrong_at = texts, wrong_at
 
-    def propose(self, texts):
+    def propose(self, asked):
         found = []
-        for text, room in texts:
+        for one in asked:
+            text = one.text
             whole = self.texts[tuple(text.tokens[: text.n_prompt])]
-            draft = whole[len(text.tokens) - text.n_prompt :][:room]
-            found.append([t if i != self.wrong_at else (t + 1) % 200 for i, t in enumerate(draft)])
+            draft = whole[len(text.tokens) - text.n_prompt :][: one.room]
+            found.append(Draft([t if i != self.wrong_at else (t + 1) % 200 for i, t in enumerate(draft)]))
         return found
 
 
@@ -124,11 +126,55 @@ def test_the_distribution_is_that_without_a_draft():
         assert chi < 18.5  # 4 degrees of freedom: one in a thousand
 
 
+def asked(text: Sequence, room: int) -> Asked:
+    config, stream = SamplingConfig(), torch.Generator()
+    return Asked(text, room, config, [], Said(text.tokens, text.n_prompt), stream, (), 300)
+
+
+def test_the_distribution_is_that_of_the_model_whatever_the_draft_was_drawn_from():
+    """Chi-square over two tokens in a row, for drafts drawn from the model's own distribution, near it and far off."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(6, 6, generator=generator)  # logits after each token
+    config, stream, n = SamplingConfig(temperature=0.7, top_k=5), torch.Generator().manual_seed(1), 6000
+    p = shape(table, config, [[0]] * 6, [[]] * 6).double().softmax(-1)
+    for share, accepted in ((0.0, 1.0), (0.5, 0.5), (1.0, 0.1)):
+        other = (1 - share) * p + share * torch.rand(6, 6, generator=generator).softmax(-1).double()
+        found, n_accepted = collections.Counter[tuple[int, ...]](), 0
+        for _ in range(n):
+            first = int(draw_from(other[:1], [stream])[0])
+            draft = [first, int(draw_from(other[first : first + 1], [stream])[0])]
+            logits, drawn_from = table[[0, *draft]], other[[0, first]]
+            said = judge(logits, draft, config, [0], [], stream, drawn_from)
+            n_accepted += len(said) - 1
+            if len(said) == 1:
+                said += choose(table[said], config, [[0]], [said], [stream])
+            found[tuple(said[:2])] += 1
+        wanted = {(a, b): n * float(p[0, a] * p[a, b]) for a in range(6) for b in range(6) if p[0, a] * p[a, b] > 0}
+        assert found.keys() <= wanted.keys() and len(wanted) == 25
+        chi = sum((found[pair] - expected) ** 2 / expected for pair, expected in wanted.items())
+        assert chi < 51.2  # 24 degrees of freedom: one in a thousand
+        assert n_accepted >= 2 * n * accepted
+
+
+def test_a_model_that_drafts_for_itself_is_always_right(tokenizer):
+    """Also where tokens are drawn: what it draws has the probability that it is judged by, penalties and all."""
+    model = model_of("attention")
+    config = SamplingConfig(max_new_tokens=24, temperature=1.3, top_p=0.9, frequency_penalty=0.5, seed=4)
+    engine = Engine(model, tokenizer, EngineConfig(max_sequences=3, max_tokens=200), drafter=ModelDraft(model, 3))
+    requests = [Request(prompt, config) for prompt in PROMPTS]
+    for request in requests:
+        engine.add(request)
+    answers(engine, requests)
+    figures = engine.figures()
+    assert figures["tokens_drafted"] > 30
+    assert figures["tokens_accepted"] >= figures["tokens_drafted"] - 2  # but for rounding, in other sizes of products
+
+
 def test_lookup_takes_the_last_time_it_was_said():
     text = Sequence([1, 2, 3, 9, 1, 2, 3, 4, 5, 6, 1, 2, 3], 3, (0, 0))
-    assert PromptLookup(n=3).propose([(text, 9)]) == [[4, 5, 6]]
-    assert PromptLookup(n=3).propose([(text, 2)]) == [[4, 5]]
-    assert PromptLookup().propose([(Sequence([1, 2], 2, (0, 0)), 9)]) == [[]]
+    assert PromptLookup(n=3).propose([asked(text, 9)]) == [Draft([4, 5, 6])]
+    assert PromptLookup(n=3).propose([asked(text, 2)]) == [Draft([4, 5])]
+    assert PromptLookup().propose([asked(Sequence([1, 2], 2, (0, 0)), 9)]) == [Draft()]
 
 
 @pytest.mark.parametrize("kind", ["attention", "mamba2"])
@@ -218,7 +264,7 @@ def test_lookup_by_an_index_is_the_search(n, longest, shortest):
     for _ in range(150):
         for text, kinds in zip(texts, (2, 3, 5, 20), strict=True):
             text.tokens += [draw.randrange(kinds) for _ in range(draw.choice([0, 1, 1, 4]))]
-        drafts = lookup.propose([(text, 6) for text in texts])
+        drafts = [draft.tokens for draft in lookup.propose([asked(text, 6) for text in texts])]
         wanted = [searched(text.tokens, n, longest, shortest)[:6] for text in texts]
         assert drafts == wanted
         found += sum(map(bool, wanted))
@@ -237,11 +283,11 @@ def test_lookup_looks_at_a_text_once():
             return got
 
     text, lookup = Sequence(Counting(range(5000)), 5000, (0, 0)), PromptLookup()
-    lookup.propose([(text, 8)])
+    lookup.propose([asked(text, 8)])
     Counting.read = 0
     for token in range(100):
         text.tokens.append(token)
-        lookup.propose([(text, 8)])
+        lookup.propose([asked(text, 8)])
     assert 0 < Counting.read < 100 * 30
 
 
@@ -264,7 +310,7 @@ def test_a_model_drafts_with_its_own_module(max_tokens, tokenizer):
 
     def noted(texts):
         drafts = original(texts)
-        proposed.extend((list(text.tokens), draft) for (text, _), draft in zip(texts, drafts, strict=True))
+        proposed.extend((list(one.text.tokens), draft.tokens) for one, draft in zip(texts, drafts, strict=True))
         return drafts
 
     drafter.propose = noted
@@ -277,7 +323,7 @@ def test_a_model_drafts_with_its_own_module(max_tokens, tokenizer):
     for tokens, draft in proposed:
         further = model(Inputs(torch.tensor([tokens])), needs=("multi_token",)).multi_token[0]
         if draft:  # module 1 at the last token but one foretells what comes after the last
-            assert draft == [int(model.logits(further[0, -2]).argmax())]
+            assert draft == [int(model.logits(further[0, -2])[: engine.n_tokens].argmax())]
 
 
 def test_a_model_without_a_module_says_so():

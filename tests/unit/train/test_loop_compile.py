@@ -29,6 +29,24 @@ def test_without_a_compiler_the_run_goes_on_and_says_so_once(tmp_path, monkeypat
     assert losses[0] and losses[0] == losses[1]
 
 
+def test_however_many_trainings_there_were_the_next_is_compiled_too(tmp_path, monkeypatch):
+    """torch compiles a function for so many objects only; here, more trainings than that have one step each."""
+    compiled, compile = 0, torch.compile
+
+    def counting(graph, _):
+        nonlocal compiled
+        compiled += 1
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function, **named: compile(function, backend=counting, **named))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for number in range(4):
+            before = compiled
+            trainer(tmp_path / str(number), compile="step").fit(until=1)
+            assert compiled > before
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_compiled_run_with_dropout_resumes_to_the_same_bits(tmp_path, recompute):
