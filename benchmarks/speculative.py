@@ -99,6 +99,11 @@ class Side:
     texts: list[list[int]] = field(default_factory=list)
     n_steps: int = 0
 
+    @property
+    def n_tokens(self) -> int:
+        """Of every round; without the first of each text, which comes with its prompt."""
+        return sum(len(text) - 1 for text in self.texts)
+
     def go_on(self, prompts: list[list[int]], config: SamplingConfig) -> None:
         """Continue each prompt; the prompts themselves are not timed."""
         self.texts, self.n_steps, spent = [], 0, 0.0
@@ -135,14 +140,14 @@ def compare(
             for side in sides.values() if turn % 2 else reversed(sides.values()):
                 side.go_on(prompts, config)
         base = sides["none"]
-        n_tokens = sum(map(len, base.texts)) - len(prompts)  # the first of each comes with its prompt
+        paces = {draft: [seconds / side.n_tokens for seconds in side.seconds[1:]] for draft, side in sides.items()}
         for draft, side in sides.items():
             alike = {"its module": "none, plain executor"}.get(draft, "none")  # by the same executor
             assert temperature or "none" in draft or side.texts == sides[alike].texts, f"{draft} leads to another text"
-            figures, taken = side.engine.figures(), side.seconds[1:]  # the first round warms up
-            drafted, rate = figures["tokens_drafted"], n_tokens / statistics.median(taken)
+            figures, n_tokens = side.engine.figures(), side.n_tokens
+            drafted, rate = figures["tokens_drafted"], 1 / statistics.median(paces[draft])
             share = f"{figures['tokens_accepted'] / drafted:.0%} of {drafted / n_tokens:.1f}" if drafted else "-"
-            ratios = [a / b for a, b in zip(base.seconds[1:], taken, strict=True)]
+            ratios = [a / b for a, b in zip(paces["none"], paces[draft], strict=True)]  # the first round warms up
             gain = (
                 f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if side is not base else "1"
             )

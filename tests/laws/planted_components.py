@@ -451,8 +451,24 @@ BUGS = [
     ),
     Bug(
         "drafts: what was refused may be drawn again", "infer/sampling.py",
-        "rest[token] = -math.inf", "rest[token] = rest[token]",
+        "rest[token] = 0", "rest[token] = rest[token]",
         ("tests/unit/infer/test_drafts.py::test_the_distribution_is_that_without_a_draft",),
+    ),
+    Bug(
+        "drafts: after a drawn one is refused, any other may come", "infer/sampling.py",
+        "rest = (rest - drawn_from[i]).clamp(min=0)", "rest[token] = 0",
+        ("tests/unit/infer/test_drafts.py::test_the_distribution_is_that_of_the_model_whatever_the_draft_was_drawn_from",),
+    ),
+    Bug(
+        "drafts: a drawn one is judged as if it were certain", "infer/sampling.py",
+        "dtype=torch.float64)) * q < float", "dtype=torch.float64)) < float",
+        ("tests/unit/infer/test_drafts.py::test_the_distribution_is_that_of_the_model_whatever_the_draft_was_drawn_from",),
+    ),
+    Bug(
+        "drafts: a model guesses without the penalties", "infer/drafts.py",
+        "guess(own, some[0].config, prompts, said, streams)",
+        "guess(own, SamplingConfig(temperature=some[0].config.temperature), prompts, said, streams)",
+        ("tests/unit/infer/test_drafts.py::test_a_model_that_drafts_for_itself_is_always_right",),
     ),
     Bug(
         "drafts: a recurrence is not put back behind what was refused", "infer/memory.py",
