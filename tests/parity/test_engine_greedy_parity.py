@@ -49,7 +49,7 @@ CONFIGS = {
         n_groups=2, chunk_size=8,
     ),
 }  # fmt: skip
-NATIVE = ("llama", "qwen3")
+NATIVE = ("llama", "qwen3", "gemma3_text")
 PAGED: dict[str, Any] = {"block_size": 4, "chunk": 7, "step_tokens": 24}
 WAYS: dict[str, dict[str, Any]] = {
     "cached": {"max_sequences": 1, "block_size": CONTEXT, "share_prefixes": False},

@@ -246,7 +246,7 @@ def test_the_number_format_can_be_chosen(folder, tmp_path):
 
 @pytest.mark.parametrize("native", [True, False])
 def test_to_decode_bf16_stays_where_the_native_step_reads_it(tokenizer, tmp_path, monkeypatch, native):
-    attention = {"kind": "attention", "n_heads": 2} | ({} if native else {"window": 8})
+    attention = {"kind": "attention" if native else "mla", "n_heads": 2}
     blocks = {"b": {"mixer": attention, "channel": {"kind": "glu"}}}
     config = {"d_model": 32, "n_layers": 2, "max_seq_len": 32, "vocab_size": tokenizer.vocab_size, "blocks": blocks}
     model = build(Decoder.Config.model_validate(config)).to(torch.bfloat16)

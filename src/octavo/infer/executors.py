@@ -119,6 +119,8 @@ class NativeExecutor:
         self.native, self.pool, self.plain = native.packed(model), pool, plain
         layers = [pool.buffers[f"{depth}.mixer"] for depth in range(self.native.n_layers)]
         self.keys, self.values = ([own[name] for own in layers] for name in ("k", "v"))
+        self.rings = [native.marks_of(own) for own in layers]
+        self.has_rings = any(marks is not None for marks in self.rings)
         tiles = self.native.embedding.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
         self.most = NATIVE_TOKENS if tiles else sys.maxsize
 
@@ -135,24 +137,29 @@ class NativeExecutor:
 
     def _serves(self, work: Work) -> bool:
         sequence = work.sequence
-        return work.n + len(work.draft) <= self.most and not sequence.whole and not sequence.alone
+        n = work.n + len(work.draft)
+        if n > 1 and self.has_rings:  # a ring forgets what an earlier token of the same pass reads
+            return False
+        return n <= self.most and not sequence.whole and not sequence.alone
 
     def _read(self, works: list[Work]) -> list[tuple[Work, Tensor | None]]:
-        tokens, whose, slots, wanted = list[int](), list[int](), list[int](), list[int]()
+        tokens, whose, slots, rows, wanted = list[int](), list[int](), list[int](), list[int](), list[int]()
         for i, work in enumerate(works):
             new = work.tokens
             start = work.sequence.length
             tokens += new
             whose += [i] * len(new)
             slots += range(start, start + len(new))
+            rows += [work.sequence.slot or 0] * len(new)
             wanted += range(len(tokens) - work.n_wanted, len(tokens))
         tables = [work.sequence.table for work in works]
-        widest = max(map(len, tables))
-        numbers = torch.tensor([tokens, whose, slots])
+        widest = max(1, *map(len, tables))
+        numbers = torch.tensor([tokens, whose, slots, rows])
         logits = self.native.step(
             numbers[0], numbers[1], numbers[2], numbers[2],
             torch.tensor([[*table, *[0] * (widest - len(table))] for table in tables], dtype=torch.int32),
             self.pool.block_size, torch.zeros_like(numbers[0]), self.keys, self.values, torch.tensor(wanted),
+            rings=self.rings, rows=numbers[3],
         )  # fmt: skip
         parts = iter(logits.split([work.n_wanted for work in works if work.completes]))
         return [(work, next(parts) if work.completes else None) for work in works]
@@ -171,7 +178,7 @@ class CompiledExecutor:
     def __init__(self, model: Any, pool: Pool, plain: PlainExecutor, backend: Any = "inductor"):
         self.model, self.pool, self.plain = model, pool, plain
         # Apart from those of other engines in this process, which would use up the number of versions there may be.
-        self.step = torch.compile(self._step, fullgraph=True, backend=backend, isolate_recompiles=True)
+        self.step = torch.compile(self._step, fullgraph=True, backend=backend, isolate_recompiles=True)  # type: ignore[call-overload]
         self.broken = not plain.has_hidden or bool(pool.memories) or not model.capabilities.compilable
 
     def __call__(self, works: Sequence[Work]) -> Iterable[tuple[Work, Tensor | None]]:

@@ -24,7 +24,7 @@ from octavo.nn.kernels import build
 from octavo.nn.mlp import Glu, Mlp
 from octavo.nn.norm import RMSNorm
 from octavo.nn.quantized import Quantized, QuantizedProjection
-from octavo.nn.reader import FullReader
+from octavo.nn.reader import FullReader, WindowReader
 from octavo.nn.rope import RotaryPositions
 from octavo.nn.state import ContiguousState
 from octavo.schema import Config
@@ -32,7 +32,9 @@ from octavo.schema import Config
 Weights = Literal["model", "bf16", "int8", "int4"]
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 DTYPES = (torch.float32, torch.bfloat16)
-ASKED = ("tokens", "sequence", "slots", "positions", "first", "wanted", "tables")
+ASKED = ("tokens", "sequence", "slots", "positions", "first", "wanted", "tables", "rows")
+READERS = (FullReader, WindowReader)
+PLACEMENTS = ("pre", "branch", "sandwich")
 TURNS = 512  # positions whose rotation is computed at a time
 # The settings that the native step follows, or ``unsuitable`` asks about by name. Any other has to be at its default.
 KNOWN = {
@@ -40,13 +42,25 @@ KNOWN = {
         "kind d_model n_layers max_seq_len vocab_size blocks pattern norm positions final_norm tie_embeddings head_bias"
         " embed_scale embed_norm logit_softcap embed_dropout padding_id init shared multi_token".split()
     ),
-    "a block": frozenset("mixer channel norm_placement topology residual_scale dropout".split()),
+    "a block": frozenset("mixer channel norm_placement topology residual_scale dropout positions".split()),
     "attention": frozenset(
         "kind n_heads n_kv_heads head_dim window reader rotate qkv_bias o_bias qk_norm qk_norm_over scale softcap"
         " dropout backend".split()
     ),
     "a channel mixer": frozenset("kind d_ff activation bias dropout".split()),
 }
+
+
+Marks = tuple[Tensor, Tensor]  # of the entries of rings: which slot each holds, and of which document
+
+
+def marks_of(buffers: dict[str, Tensor]) -> Marks | None:
+    """The marks of a layer's rings; None where its keys lie in blocks."""
+    return (buffers["_slots"], buffers["_docs"]) if "_slots" in buffers else None
+
+
+def _addresses(marks: Marks) -> tuple[int, int]:
+    return marks[0].data_ptr(), marks[1].data_ptr()
 
 
 @functools.cache
@@ -79,26 +93,28 @@ def unsuitable(model: Any) -> str:
     config, weight = model.config, model.embed.weight
     if weight.device.type != "cpu" or weight.dtype not in DTYPES:
         return "not fp32 or bf16 on the CPU"
-    if config.positions.kind not in ("rope", "none"):
-        return f"positions {config.positions.kind}"
-    if (scaling := getattr(model.positions, "scaling", None)) is not None and scaling.by_length:
-        return "a rotation that depends on the length of the text"
-    if config.embed_norm or config.embed_scale != 1 or config.logit_softcap is not None:
-        return "a scaled or normed embedding, or capped logits"
+    for scheme, kind in zip(_schemes(model), (own.kind for own in config.schemes()), strict=True):
+        if kind not in ("rope", "none"):
+            return f"positions {kind}"
+        if (scaling := getattr(scheme, "scaling", None)) is not None and scaling.by_length:
+            return "a rotation that depends on the length of the text"
+    ropes = [scheme for scheme in _schemes(model) if isinstance(scheme, RotaryPositions)]
+    if len({(rope.dim, rope.config.layout) for rope in ropes}) > 1:
+        return "rotations of several widths or layouts"
+    if config.embed_norm:
+        return "a normed embedding"
     if why := _beyond("the model", config):
         return why
     norms, head_norms = [model.norm], []
     for block in model.stack():
         parts = dict(block.sub_layers())
         attention, channel = parts["mixer"].mixer, parts["channel"].mixer if "channel" in parts else None
-        if block.config.norm_placement != "pre" or block.config.topology != "sequential":
-            return "norms not before the mixers, or parallel mixers"
+        if block.config.norm_placement not in PLACEMENTS or block.config.topology != "sequential":
+            return "norms after the sum, or parallel mixers"
         if block.residual_scale != 1:
             return "a residual scale"
-        if type(attention) is not Attention or type(attention.reader) is not FullReader:
-            return "not full attention"
-        if attention.config.softcap is not None or not attention.config.rotate:
-            return "capped attention, or layers that do not rotate"
+        if type(attention) is not Attention or type(attention.reader) not in READERS:
+            return "not attention to all tokens or a window of them"
         if type(channel) not in (Glu, Mlp) or channel.config.activation not in ACTIVATIONS:  # type: ignore[union-attr]
             return "not a GLU or MLP with a usual activation"
         settings = {"a block": block.config, "attention": attention.config, "a channel mixer": channel.config}  # type: ignore[union-attr]
@@ -109,9 +125,9 @@ def unsuitable(model: Any) -> str:
         own = [norm for norm in (attention.q_norm, attention.k_norm) if norm is not None]
         if any(norm.d != attention.head_dim for norm in own):
             return "norms over all heads"
-        norms += [parts["mixer"].norm_in, parts["channel"].norm_in]
+        norms += [norm for part in parts.values() for norm in (part.norm_in, part.norm_out) if norm is not None]
         head_norms += own
-    if not all(type(n) is RMSNorm and n.weight is not None and not n.offset for n in norms + head_norms):
+    if not all(type(n) is RMSNorm and n.weight is not None for n in norms + head_norms):
         return "not RMSNorm"
     if len({n.eps for n in norms}) > 1 or len({n.eps for n in head_norms}) > 1:  # type: ignore[union-attr]
         return "norms with several eps"
@@ -119,8 +135,18 @@ def unsuitable(model: Any) -> str:
         return why
     if any(parameter.dtype != weight.dtype for parameter in model.parameters()):
         return "weights of several kinds"
-    kinds = {block.config.model_copy(update={"dropout": 0.0}).model_dump_json() for block in model.stack()}
-    return "blocks of several kinds" if len(kinds) > 1 else ""
+    return "blocks of several kinds" if len({_shape(block.config) for block in model.stack()}) > 1 else ""
+
+
+def _shape(config: Any) -> str:
+    """What has to be the same in every block."""
+    mixer = config.mixer.model_copy(update={"window": None, "reader": None, "rotate": True, "dropout": 0.0})
+    return config.model_copy(update={"mixer": mixer, "dropout": 0.0, "positions": None}).model_dump_json()
+
+
+def _schemes(model: Decoder) -> list[Any]:
+    """The position schemes of the model's attention, the model's own first."""
+    return [next(iter(tables.values())) for tables in model.rotary]
 
 
 class NativeModel:
@@ -155,36 +181,38 @@ class NativeModel:
             raise ValueError(why)
         if weights not in get_args(Weights) or group not in GROUPS:
             raise ValueError(f"weights {weights} in groups of {group}: {', '.join(get_args(Weights))} of 16 to 256 are")
-        self.library, self.positions, self.vocab_size = loaded, model.positions, model.vocab_size
-        self.threads = threads
+        self.library, self.positions, self.vocab_size = loaded, _schemes(model), model.vocab_size
+        self.threads, self.cap = threads, model.config.logit_softcap
         self.embedding = model.embed.weight.detach()
         self.arena = Arena()
         self.keep: list[Tensor] = [self.embedding]
         blocks = [dict(block.sub_layers()) for block in model.stack()]
         attention, channel = blocks[0]["mixer"].mixer, blocks[0]["channel"].mixer
         assert isinstance(attention, Attention) and isinstance(channel, (Glu, Mlp))
-        rope = model.positions if isinstance(model.positions, RotaryPositions) else None
+        rope = next((scheme for scheme in self.positions if isinstance(scheme, RotaryPositions)), None)
         self.heads = attention.n_kv_heads, attention.head_dim
         self.n_layers, self.R = len(blocks), rope.dim if rope else 0
-        self.turns = torch.empty(0, self.R)
+        self.turns = torch.empty(len(self.positions), 0, self.R)
         sizes = [
             model.config.d_model, attention.n_heads, *self.heads, model.vocab_size, self.n_layers, self.R,
             int(rope is not None and rope.config.layout == "interleaved"), ACTIVATIONS[channel.config.activation],
             int(isinstance(channel, Glu)), int(self.embedding.dtype == torch.bfloat16),
         ]  # fmt: skip
         head_norm = attention.q_norm or attention.k_norm
-        floats = [_eps(model.norm), _eps(head_norm), attention.config.scale or attention.head_dim**-0.5]
+        scale = attention.config.scale or attention.head_dim**-0.5
+        enters = float(torch.full((), model.config.embed_scale, dtype=self.embedding.dtype))  # as the model rounds it
+        floats = [_eps(model.norm), _eps(head_norm), scale, attention.config.softcap or 0.0, enters]
         rounding = weights, group
         head: Any = model.head if model.head is not None else Source(self.embedding, model.head_bias)
         parts = [self.embedding.data_ptr(), self._floats(model.norm), *self._matrix(rounding, "plain", [head])]
         packed: dict[int, list[int]] = {}
-        for block in blocks:
+        for name, block in zip(model.config.layer_names(), blocks, strict=True):
             key = id(block["mixer"])
-            packed[key] = packed[key] if key in packed else self._layer(rounding, block)
+            packed[key] = packed[key] if key in packed else self._layer(rounding, block, model.turns[name])
             parts += packed[key]
         self.handle = loaded.decode_new(
             (ctypes.c_int64 * len(sizes))(*sizes),
-            (ctypes.c_float * 3)(*floats),
+            (ctypes.c_float * len(floats))(*floats),
             (ctypes.c_int64 * len(parts))(*parts),
         )
 
@@ -197,12 +225,15 @@ class NativeModel:
         """Bytes of the packed weights."""
         return self.arena.used
 
-    def _layer(self, rounding: tuple[Weights, int], block: dict[str, Any]) -> list[int]:
+    def _layer(self, rounding: tuple[Weights, int], block: dict[str, Any], scheme: int) -> list[int]:
         own, wide = block["mixer"].mixer, block["channel"].mixer
-        norms = [block["mixer"].norm_in, block["channel"].norm_in, own.q_norm, own.k_norm]
+        norms = [block["mixer"].norm_in, block["channel"].norm_in, block["mixer"].norm_out, block["channel"].norm_out]
         qkv, o, up, down = _together(own, wide)
+        turns = own.config.rotate and isinstance(self.positions[scheme], RotaryPositions)
         return [
-            *map(self._floats, norms),
+            *map(self._floats, [*norms, own.q_norm, own.k_norm]),
+            own.reader.window or 0,
+            scheme if turns else -1,
             *self._matrix(rounding, "heads", qkv, own.head_dim),
             *self._matrix(rounding, "plain", o),
             *self._matrix(rounding, "gated" if len(up) > 1 else "plain", up),
@@ -216,7 +247,8 @@ class NativeModel:
     def _floats(self, norm: nn.Module | None) -> int:
         if norm is None:
             return 0
-        self.keep.append(norm.weight.detach().float().contiguous())  # type: ignore[union-attr, operator]
+        weight: Any = norm.weight.detach().float() + (1.0 if norm.offset else 0.0)  # type: ignore[union-attr, operator]
+        self.keep.append(weight.contiguous())
         return self.keep[-1].data_ptr()
 
     @torch.inference_mode()
@@ -232,6 +264,10 @@ class NativeModel:
         keys: Sequence[Tensor],
         values: Sequence[Tensor],
         wanted: Tensor,
+        *,
+        rings: Sequence[Marks | None] = (),
+        rows: Tensor | None = None,
+        docs: Tensor | None = None,
     ) -> Tensor:
         """Run N tokens through the model, writing their keys and values before any is read.
 
@@ -245,9 +281,14 @@ class NativeModel:
             tables: (n_sequences, n_max) int32, the blocks that hold slots 0, 1, ... of a sequence.
             block_size: slots of a block.
             first: the first slot each token reads; it reads on to its own.
-            keys: of each layer, (n_blocks * block_size, G, K), fp32 or bf16, contiguous.
+            keys: of each layer, (n_blocks * block_size, G, K), fp32 or bf16, contiguous; (n_rows, length, G, K) where
+                ``rings`` says so.
             values: like ``keys``.
             wanted: (W,) int64, the rows whose logits are needed.
+            rings: of each layer whose keys lie in rings, which slot each entry holds and of which document, both
+                (n_rows, length) int64; None for the others. Then no two tokens are of one sequence.
+            rows: (N,) int64, which of the rings is each token's.
+            docs: (N,) int64, which document each token is of; default: the first.
 
         Returns:
             logits (W, V) float32.
@@ -255,40 +296,58 @@ class NativeModel:
         Raises:
             ValueError: a number is outside of what it counts, or a pool is not as described.
         """
-        numbers = torch.stack([tokens, sequence, slots, positions, first])
+        zeros = torch.zeros_like(tokens)
+        given = [zeros if t is None else t for t in (rows, docs)]
+        numbers = torch.stack([tokens, sequence, slots, positions, first, *given])
         N, W = len(tokens), len(wanted)
-        if self.R and N and (highest := int(positions.max())) >= len(self.turns):
+        if self.R and N and (highest := int(positions.max())) >= self.turns.shape[1]:
             self._turn(highest)
-        pool = keys[0]
-        for t in (*keys, *values):
-            if t.shape != pool.shape or t.dtype != pool.dtype or not t.is_contiguous():
-                raise ValueError("pools of several shapes or kinds, or not contiguous")
-        if pool.shape[1:] != self.heads or pool.dtype not in DTYPES or len(keys) != len(values) != self.n_layers:
-            raise ValueError(f"pools of {len(keys)} layers, {tuple(pool.shape)}, {pool.dtype} do not fit the model")
-        n_positions = len(self.turns) if self.R else 2**62
+        if not len(keys) == len(values) == self.n_layers:
+            raise ValueError(f"pools of {len(keys)} layers do not fit the model")
+        memory, n_entries, n_rows = self._memory(keys, values, rings or [None] * self.n_layers)
         counts = [
-            N, W, tables.shape[1], block_size, len(tables), n_positions, len(pool) // block_size,
-            int(pool.dtype == torch.bfloat16), self.threads or torch.get_num_threads(),
+            N, W, tables.shape[1], block_size, self.turns.shape[1] if self.R else 2**62, len(tables),
+            n_entries // block_size, n_rows, int(keys[0].dtype == torch.bfloat16),
+            self.threads or torch.get_num_threads(),
         ]  # fmt: skip
-        addresses = [t.data_ptr() for pair in zip(keys, values, strict=True) for t in pair]
         tables, wanted = tables.to(torch.int32).contiguous(), wanted.contiguous()
         logits = torch.empty(W, self.vocab_size)
         refused = self.library.decode_step(
             self.handle, (ctypes.c_int64 * len(counts))(*counts), numbers.data_ptr(), wanted.data_ptr(),
-            tables.data_ptr(), self.turns.data_ptr(), (ctypes.c_int64 * len(addresses))(*addresses), logits.data_ptr(),
+            tables.data_ptr(), self.turns.data_ptr(), (ctypes.c_int64 * len(memory))(*memory), logits.data_ptr(),
         )  # fmt: skip
         if refused:
-            raise ValueError(f"a number of {ASKED[refused - 1]} is outside of what it counts")
-        return logits
+            raise ValueError(f"a number of {ASKED[refused - 1]} is outside of what it counts, or is there twice")
+        return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
+
+    def _memory(
+        self, keys: Sequence[Tensor], values: Sequence[Tensor], rings: Sequence[Marks | None]
+    ) -> tuple[list[int], int, int]:
+        """What the library is told of the pools of all layers; entries of those in blocks, rows of those in rings."""
+        entries, rows, told = set[Any](), set[Any](), list[int]()
+        for k, v, marks in zip(keys, values, rings, strict=True):
+            if k.shape[-2:] != self.heads or k.ndim != (3 if marks is None else 4) or k.dtype not in DTYPES:
+                raise ValueError(f"pools of {tuple(k.shape)}, {k.dtype} do not fit the model")
+            (entries if marks is None else rows).add(len(k))
+            alike = k.shape == v.shape and k.dtype == v.dtype == keys[0].dtype
+            alike &= all(own.shape == k.shape[:2] for own in marks or ())
+            if not alike or not all(own.is_contiguous() for own in (k, v, *(marks or ()))):
+                raise ValueError("pools of several shapes or kinds, or not contiguous")
+            told += [k.data_ptr(), v.data_ptr(), *((0, 0, 0) if marks is None else (k.shape[1], *_addresses(marks)))]
+        if len(entries) > 1 or len(rows) > 1:
+            raise ValueError("pools of several shapes or kinds, or not contiguous")
+        return told, max(entries, default=0), max(rows, default=0)
 
     def _turn(self, highest: int) -> None:
         """Rotations up to that position, always computed in the same pieces: the same bits whoever asks first."""
         pieces = [self.turns]
-        for start in range(len(self.turns), highest + 1, TURNS):
-            rotation = self.positions.rotation(torch.arange(start, start + TURNS)[:, None])
-            assert rotation is not None
-            pieces.append(torch.cat([rotation.cos.flatten(1), rotation.sin.flatten(1)], 1).float())
-        self.turns = torch.cat(pieces).contiguous()
+        for start in range(self.turns.shape[1], highest + 1, TURNS):
+            at, piece = torch.arange(start, start + TURNS)[:, None], torch.zeros(len(self.positions), TURNS, self.R)
+            for own, scheme in zip(piece, self.positions, strict=True):
+                if (rotation := scheme.rotation(at)) is not None:
+                    own.copy_(torch.cat([rotation.cos.flatten(1), rotation.sin.flatten(1)], 1))
+            pieces.append(piece)
+        self.turns = torch.cat(pieces, 1).contiguous()
 
 
 class NativeStep:
@@ -318,10 +377,14 @@ class NativeStep:
         slots, starts = self.state.advance(rows)
         tables = torch.arange(len(self.state.lengths), dtype=torch.int32)[:, None]
         caches = [self.state.layers[f"{depth}.mixer"].buffers for depth in range(self.model.n_layers)]
-        keys, values = ([cache[name].flatten(0, 1) for cache in caches] for name in ("k", "v"))
+        rings = [marks_of(cache) for cache in caches]
+        keys, values = (
+            [cache[name].flatten(0, int(ring is None)) for cache, ring in zip(caches, rings, strict=True)]
+            for name in ("k", "v")
+        )
         return self.model.step(
             tokens, rows, slots, slots - starts, tables, self.state.max_tokens + 1, starts, keys, values,
-            torch.arange(len(tokens)),
+            torch.arange(len(tokens)), rings=rings, rows=rows, docs=self.state.last_doc[rows],
         )  # fmt: skip
 
 
@@ -338,7 +401,7 @@ def packed(model: Decoder) -> NativeModel:
         raise ValueError(why)
     seen = fingerprint(model, loaded)
     held = _PACKED.get(model)
-    if held is None or held[0] != seen or held[1].positions is not model.positions:
+    if held is None or held[0] != seen or list(map(id, held[1].positions)) != list(map(id, _schemes(model))):
         _PACKED.pop(model, None)  # before the next is made: not two at a time
         held = _PACKED[model] = (seen, NativeModel(model))
     return held[1]

@@ -92,7 +92,7 @@ class Trainer:
         if config.compile == "step":
             use_compile_cache()
             # Apart from those of other trainings in this process: of one function only a few versions are compiled.
-            self.forward = torch.compile(self._losses, dynamic=False, isolate_recompiles=True)
+            self.forward = torch.compile(self._losses, dynamic=False, isolate_recompiles=True)  # type: ignore[call-overload]
         self.compiling = config.compile == "step"  # until the first gradient is there; it may be broken off
         self.step = self.tokens_seen = 0
         self.guard = Guard(config, self.optimizer, held.folder, held.run_id, held.console)

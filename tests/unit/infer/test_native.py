@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,6 +14,16 @@ from octavo.models.decoder import Decoder, build
 from octavo.nn.contracts import Inputs
 
 ATTENTION = {"kind": "attention", "n_heads": 4, "n_kv_heads": 2}
+NORMED = {"qk_norm": {"kind": "rmsnorm", "offset": True}}
+GEMMA = {"norm": {"kind": "rmsnorm", "offset": True}, "embed_scale": 8.0}
+
+
+def around(mixer: dict[str, Any]) -> dict[str, Any]:
+    """A block with norms around each branch."""
+    glu = {"kind": "glu", "activation": "gelu_tanh"}
+    return {"mixer": ATTENTION | {"scale": 0.2} | mixer, "channel": glu, "norm_placement": "sandwich"}
+
+
 SHAPES = {
     "llama": {},
     "odd widths": {
@@ -30,6 +42,32 @@ SHAPES = {
     },
     "seven heads of 96 to a key": {
         "blocks": {"block": {"mixer": {"kind": "attention", "n_heads": 7, "n_kv_heads": 1, "head_dim": 96}}}
+    },
+    "a window": {"blocks": {"block": {"mixer": ATTENTION | {"window": 7}}}},
+    "gemma2": GEMMA
+    | {
+        "logit_softcap": 3.0,
+        "pattern": ["local", "full"],
+        "blocks": {name: around({"window": w, "softcap": 2.0}) for name, w in (("local", 5), ("full", None))},
+    },
+    "gemma3": GEMMA
+    | {
+        "n_layers": 4,
+        "pattern": ["local", "local", "full"],
+        "blocks": {
+            "local": around({"window": 9, **NORMED}) | {"positions": {"kind": "rope", "theta": 100.0}},
+            "full": around(NORMED),
+        },
+    },
+    "norms behind": {"blocks": {"block": {"mixer": ATTENTION, "norm_placement": "branch"}}},
+    "turned in every other layer": {
+        "pattern": ["turned", "not"],
+        "blocks": {name: {"mixer": ATTENTION | {"rotate": name == "turned"}} for name in ("turned", "not")},
+    },
+    "positions of one kind of block": {
+        "positions": "none",
+        "pattern": ["turned", "not"],
+        "blocks": {"turned": {"mixer": ATTENTION, "positions": "rope"}, "not": {"mixer": ATTENTION}},
     },
     "many heads": {"blocks": {"block": {"mixer": {"kind": "attention", "n_heads": 8, "scale": 0.3}}}},
 }
@@ -102,6 +140,9 @@ def test_every_step_is_the_models_own(shape, dtype, threads):
     finally:
         torch.set_num_threads(before)
     assert torch.equal(native.lengths, plain.lengths) and torch.equal(native.doc_ids[:, :40], plain.doc_ids[:, :40])
+    for name, layer in native.layers.items():  # what rings say of themselves; the last entry is a spare one
+        for marks in {"_slots", "_docs"} & layer.buffers.keys():
+            assert torch.equal(layer.buffers[marks][:, :-1], plain.layers[name].buffers[marks][:, :-1])
 
 
 @torch.inference_mode()
@@ -164,13 +205,22 @@ def test_a_full_state_is_refused():
     [
         ({"positions": "learned"}, "positions learned"),
         ({"norm": "layernorm"}, "not RMSNorm"),
-        ({"logit_softcap": 30.0}, "capped"),
-        ({"blocks": {"block": {"mixer": ATTENTION | {"window": 4}}}}, "not full attention"),
-        ({"blocks": {"block": {"mixer": ATTENTION, "norm_placement": "sandwich"}}}, "norms not before"),
+        ({"embed_norm": True}, "a normed embedding"),
+        ({"blocks": {"block": {"mixer": ATTENTION, "norm_placement": "post"}}}, "norms after the sum"),
+        ({"blocks": {"block": {"mixer": ATTENTION, "topology": "parallel"}}}, "parallel mixers"),
+        (
+            {
+                "pattern": ["a", "b"],
+                "blocks": {
+                    "a": {"mixer": ATTENTION, "positions": {"kind": "rope", "fraction": 0.5}},
+                    "b": {"mixer": ATTENTION},
+                },
+            },
+            "rotations of several widths",
+        ),
         ({"blocks": {"block": {"mixer": ATTENTION, "channel": {"kind": "glu", "activation": "sigmoid"}}}}, "usual"),
-        ({"norm": {"kind": "rmsnorm", "offset": True}}, "not RMSNorm"),
-        ({"blocks": {"block": {"mixer": {"kind": "mla", "n_heads": 4}}}}, "not full attention"),
-        ({"blocks": {"block": {"mixer": ATTENTION | {"reader": {"kind": "strided", "stride": 4}}}}}, "not full"),
+        ({"blocks": {"block": {"mixer": {"kind": "mla", "n_heads": 4}}}}, "not attention to all tokens"),
+        ({"blocks": {"block": {"mixer": ATTENTION | {"reader": {"kind": "strided", "stride": 4}}}}}, "or a window"),
         ({"blocks": {"block": {"mixer": ATTENTION | {"sinks": True}}}}, "attention with sinks = True"),
         ({"blocks": {"block": {"mixer": ATTENTION | {"gate": "head"}}}}, "attention with gate = head"),
         ({"blocks": {"block": {"mixer": ATTENTION | {"keys": "value"}}}}, "attention with keys = value"),

@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from test_native import model
+from test_native import ATTENTION, model
 
 from octavo.infer import native, packing
 from octavo.infer.native import NativeModel, library, packed
@@ -150,11 +150,36 @@ def test_numbers_outside_of_what_they_count_are_refused(change, why):
 def test_pools_that_do_not_fit_are_refused():
     pages = Pages(NativeModel(model()), torch.float32)
     pages.keys = [key[:, :1].contiguous() for key in pages.keys]
-    with pytest.raises(ValueError, match="pools of several shapes"):
-        pages.step([(0, 0, 1)])
-    pages.values = [value[:, :1].contiguous() for value in pages.values]
     with pytest.raises(ValueError, match="do not fit the model"):
         pages.step([(0, 0, 1)])
+    for changed in (lambda key: key[1:], lambda key: key.bfloat16(), lambda key: key.mT.contiguous().mT):
+        other = Pages(NativeModel(model()), torch.float32)
+        other.keys = [changed(key) for key in other.keys]
+        with pytest.raises(ValueError, match="pools of several shapes"):
+            other.step([(0, 0, 1)])
+
+
+@torch.inference_mode()
+def test_a_ring_takes_one_token_of_a_text_at_a_time():
+    one = model(blocks={"block": {"mixer": ATTENTION | {"window": 4}}})
+    made, state = NativeModel(one), one.new_state(2, 12)
+    layers = [layer.buffers for layer in state.layers.values()]
+    keys, values = ([own[name] for own in layers] for name in ("k", "v"))
+    tables, zeros, slots = torch.zeros(2, 1, dtype=torch.int32), torch.zeros(2).long(), torch.tensor([0, 1])
+    how = {"rings": [(own["_slots"], own["_docs"]) for own in layers]}
+
+    def step(rows: list[int], **changes) -> None:
+        made.step(
+            slots, slots, zeros, zeros, tables, 1, zeros, keys, values, slots, rows=torch.tensor(rows), **how | changes
+        )
+
+    step([1, 0])
+    assert all(own["_slots"][:, 0].tolist() == [0, 0] and own["_docs"][:, 0].tolist() == [0, 0] for own in layers)
+    for rows in ([1, 1], [0, 2], [-1, 0]):
+        with pytest.raises(ValueError, match="a number of rows is outside of what it counts, or is there twice"):
+            step(rows)
+    with pytest.raises(ValueError, match="pools of several shapes"):
+        step([0, 1], rings=[(own["_slots"][:, 1:], own["_docs"]) for own in layers])
 
 
 def test_changed_weights_are_packed_anew_however_they_were_changed():

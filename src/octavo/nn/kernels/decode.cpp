@@ -63,20 +63,34 @@ struct Sizes {
   int64_t D, H, G, K, V, n_layers, R, interleaved, activation, gated, narrow_embedding;
 };
 
+struct Scales {
+  float eps, head_eps, query, cap, embedding;  // cap: the bound of scores, 0 for none
+};
+
 struct Layer {
-  const float *norm_mixer, *norm_channel, *q_norm, *k_norm;
+  const float *norm_mixer, *norm_channel, *mixer_out, *channel_out, *q_norm, *k_norm;  // 0 where there is none
+  int64_t window;  // how many slots are read, its own included; 0: all
+  int64_t turn;    // which of the rotations is this layer's; -1: none
   Matrix qkv, o, up, down;  // qkv: whole units for each head; up: half of each unit is the gate, if there is one
 };
 
+// A layer's keys and values: in blocks, or in a ring for each row of the state, whose last entry is a spare one. A ring
+// says of each entry which slot it holds, and of which document.
+struct Memory {
+  void *keys, *values;
+  int64_t ring;  // entries of a ring with the spare one; 0 where there are blocks
+  int64_t *slots, *docs;
+};
+
 // What a step is asked: N tokens; `sequence` says which of the tables (n_max blocks each) is whose. A token's key and
-// value go to its slot, and it reads the slots from its first one on. turns (positions, R): cos, then sin.
+// value go to its slot, and it reads the slots from its first one on. turns (rotations, n_positions, R): cos, then sin.
 struct Request {
-  int64_t N, n_wanted, n_max, block_size;
-  const int64_t *tokens, *sequence, *slots, *positions, *first, *wanted;
+  int64_t N, n_wanted, n_max, block_size, n_positions;
+  const int64_t *tokens, *sequence, *slots, *positions, *first, *rows, *docs, *wanted;
   const int32_t* tables;
   const float* turns;
-  void* const* pools;  // keys and values of each layer
-  float* logits;       // (n_wanted, V)
+  const Memory* memory;  // of each layer
+  float* logits;         // (n_wanted, V)
 };
 
 struct alignas(64) Counter {
@@ -118,7 +132,7 @@ template <class T> inline T* fit(std::vector<T>& x, int64_t n) {
 class Decoder {
  public:
   Sizes s;
-  float eps, head_eps, scale;
+  Scales scales;
   const void* embedding;
   const float* norm;
   Matrix head;
@@ -138,14 +152,14 @@ class Decoder {
  private:
   void begin(const Request& r, int threads) {
     own_.resize(std::max(own_.size(), size_t(threads)));
-    const size_t n_counters = size_t(5 * s.n_layers + 2) * size_t(threads);
+    const size_t n_counters = size_t(7 * s.n_layers + 2) * size_t(threads);
     if (n_counters_ < n_counters) counters_ = std::make_unique<Counter[]>(n_counters), n_counters_ = n_counters;
     for (size_t i = 0; i < n_counters; ++i) counters_[i].next.store(0, std::memory_order_relaxed);
     const auto zeros = [](std::vector<float>& x, int64_t n) {  // what lies between rows is read, as nothing
       if (int64_t(x.size()) < n) x.assign(size_t(n), 0.f);
     };
     zeros(x_, r.N * s.D), zeros(q_, r.N * s.H * padded_head());
-    zeros(mixed_, r.N * layers[0].o.depth), zeros(hidden_, r.N * layers[0].down.depth);
+    zeros(mixed_, r.N * layers[0].o.depth), zeros(hidden_, r.N * layers[0].down.depth), zeros(branch_, r.N * s.D);
   }
   int64_t padded_head() const { return (s.K + kChannels - 1) / kChannels * kChannels; }
 
@@ -165,8 +179,9 @@ class Decoder {
       for (int64_t m; (m = rows.take()) >= 0;)
         for (int64_t i = 0; i < s.D; ++i) {
           const int64_t at = r.tokens[m] * s.D + i;
-          d.x_[size_t(m * s.D + i)] = s.narrow_embedding ? to_float(static_cast<const bf16*>(d.embedding)[at])
-                                                         : static_cast<const float*>(d.embedding)[at];
+          const float x = s.narrow_embedding ? to_float(static_cast<const bf16*>(d.embedding)[at])
+                                             : static_cast<const float*>(d.embedding)[at];
+          d.x_[size_t(m * s.D + i)] = x * d.scales.embedding;
         }
       team.meet();
       for (int64_t l = 0; l < s.n_layers; ++l) {
@@ -176,11 +191,11 @@ class Decoder {
         team.meet();
         read(l);
         team.meet();
-        add(layer.o, d.mixed_.data(), share_of(layer.up, layer.up.units));
+        add(layer.o, d.mixed_.data(), layer.mixer_out, share_of(layer.up, layer.up.units));
         team.meet();
         widen(layer);
         team.meet();
-        add(layer.down, d.hidden_.data(), share_of(last, l + 1 < s.n_layers ? s.H + 2 * s.G : last.units));
+        add(layer.down, d.hidden_.data(), layer.channel_out, share_of(last, l + 1 < s.n_layers ? s.H + 2 * s.G : last.units));
         team.meet();
       }
       logits();
@@ -195,12 +210,19 @@ class Decoder {
       return u + 1 < end ? p.weight + (u + 1) * p.unit_bytes() : next;
     }
 
-    // The norm of x's rows, ready for a product with p.
+    // The norm of x's rows, or those as they are, ready for a product with p.
     void normed(const float* weight, const Matrix& p, const int64_t* which, int64_t n) {
       if (int64_t(own.normed.size()) < n * p.depth) own.normed.assign(size_t(n * p.depth), 0.f);
       for (int64_t m = 0; m < n; ++m)
-        normalise(&d.x_[size_t((which ? which[m] : m) * d.s.D)], weight, d.eps, d.s.D, &own.normed[size_t(m * p.depth)]);
+        normalise(&d.x_[size_t((which ? which[m] : m) * d.s.D)], weight, &own.normed[size_t(m * p.depth)]);
       own.rows.prepare(p, own.normed.data(), p.depth, n);
+    }
+
+    void normalise(const float* x, const float* weight, float* out) {
+      if (weight)
+        octavo::normalise(x, weight, d.scales.eps, d.s.D, out);
+      else
+        std::copy_n(x, d.s.D, out);
     }
 
     void keys_and_queries(const Layer& l, int64_t at) {
@@ -222,24 +244,28 @@ class Decoder {
       const Sizes& s = d.s;
       const float* norm = h < s.H ? l.q_norm : l.k_norm;
       if (h < s.H + s.G) {
-        if (norm) normalise(x, norm, d.head_eps, s.K, x);
-        const float* turn = r.turns + r.positions[m] * s.R;
-        if (s.R) rotate(x, turn, turn + s.R / 2, s.R, s.interleaved != 0);
+        if (norm) octavo::normalise(x, norm, d.scales.head_eps, s.K, x);
+        const float* turn = r.turns + (l.turn * r.n_positions + r.positions[m]) * s.R;
+        if (s.R && l.turn >= 0) rotate(x, turn, turn + s.R / 2, s.R, s.interleaved != 0);
       }
       if (h < s.H) {
         float* q = &d.q_[size_t((m * s.H + h) * d.padded_head())];
         if (s.K % kChannels) std::fill_n(q + s.K / kChannels * kChannels, kChannels, 0.f);
-        for (int64_t i = 0; i < s.K; ++i) q[place_of<C>(i)] = x[i] * d.scale;
+        for (int64_t i = 0; i < s.K; ++i) q[place_of<C>(i)] = x[i] * d.scales.query;
         return;
       }
-      const int64_t entry = entry_of(r.tables + r.sequence[m] * r.n_max, r.block_size, r.slots[m]);
-      C* pool = static_cast<C*>(r.pools[2 * at + (h >= s.H + s.G)]);
+      const Memory& memory = r.memory[at];
+      const int64_t entry = memory.ring ? r.rows[m] * memory.ring + r.slots[m] % (memory.ring - 1)
+                                        : entry_of(r.tables + r.sequence[m] * r.n_max, r.block_size, r.slots[m]);
+      if (memory.ring && h == s.H) memory.slots[entry] = r.slots[m], memory.docs[entry] = r.docs[m];
+      C* pool = static_cast<C*>(h >= s.H + s.G ? memory.values : memory.keys);
       C* to = pool + (entry * s.G + (h - s.H) % s.G) * s.K;
       for (int64_t i = 0; i < s.K; ++i) to[i] = from_float<C>(x[i]);
     }
 
     void read(int64_t at) {
       const Sizes& s = d.s;
+      const int64_t window = d.layers[size_t(at)].window, ring = r.memory[at].ring;
       // Up to four heads of a key head at a time; all of a token's in one piece if there are tokens enough, for then
       // its entries are listed once and read while they are near.
       const int64_t alike = s.H / s.G, batches = (alike + 3) / 4, each = r.N < 2 * team.size() ? 1 : s.G * batches;
@@ -247,9 +273,15 @@ class Decoder {
       Pieces tasks = share_out(r.N * pieces);
       for (int64_t task; (task = tasks.take()) >= 0;) {
         // The last rows first: of a piece of a prompt they read the most.
-        const int64_t m = r.N - 1 - task / pieces, n = r.slots[m] - r.first[m] + 1;
+        const int64_t m = r.N - 1 - task / pieces;
+        const int64_t first = window ? std::max(r.first[m], r.slots[m] - window + 1) : r.first[m];
+        const int64_t n = r.slots[m] - first + 1;
         fit(own.scratch, 4 * (n + kLanes));
-        list_entries(r.tables + r.sequence[m] * r.n_max, r.block_size, r.first[m], n, fit(own.entries, n + kEarly));
+        int64_t* entries = fit(own.entries, n + kEarly);
+        if (ring)
+          list_ring(r.rows[m] * ring, ring - 1, first, n, entries);
+        else
+          list_entries(r.tables + r.sequence[m] * r.n_max, r.block_size, first, n, entries);
         for (int64_t i = task % pieces * each, end = i + each; i < end; ++i) {
           const int64_t g = i / batches, begin = i % batches * 4, heads = std::min<int64_t>(4, alike - begin);
           read(at, m, n, g, g * alike + begin, heads);
@@ -259,12 +291,12 @@ class Decoder {
 
     void read(int64_t at, int64_t m, int64_t n, int64_t g, int64_t h, int64_t heads) {
       const Sizes& s = d.s;
-      C *keys = static_cast<C*>(r.pools[2 * at]), *values = static_cast<C*>(r.pools[2 * at + 1]);
+      C *keys = static_cast<C*>(r.memory[at].keys), *values = static_cast<C*>(r.memory[at].values);
       const int64_t wide = d.padded_head();
       const Pool<C> pool{keys + g * s.K, values + g * s.K, s.G * s.K, s.K};
       const float* q = &d.q_[size_t((m * s.H + h) * wide)];
       float* out = &d.mixed_[size_t(m * d.layers[0].o.depth + h * s.K)];
-      const auto attend_heads = [&](auto attend) { attend(pool, own.entries.data(), n, q, wide, own.scratch.data(), out); };
+      const auto attend_heads = [&](auto attend) { attend(pool, own.entries.data(), n, q, wide, d.scales.cap, own.scratch.data(), out); };
       const bool usual = s.K == 64;
       switch (heads) {
         case 1: return attend_heads(usual ? attend<1, 2, C> : attend<1, 0, C>);
@@ -274,17 +306,27 @@ class Decoder {
       }
     }
 
-    // x += the product of rows with p.
-    void add(const Matrix& p, const float* rows, const uint8_t* next) {
+    // x += the product of rows with p, or the norm of it.
+    void add(const Matrix& p, const float* rows, const float* norm, const uint8_t* next) {
       const int64_t width = p.outputs(), D = d.s.D;
       own.rows.prepare(p, rows, p.depth, r.N);
       float* tile = fit(own.tile, r.N * width);
       Pieces units = share_out(p.units);
       for (int64_t u; (u = units.take()) >= 0;) {
         multiply(p, u, own.rows, r.N, tile, width, after(p, u, units.end(), next));
-        for (int64_t m = 0; m < r.N; ++m)
-          for (int64_t i = 0; i < std::min(width, D - u * width); ++i)
-            d.x_[size_t(m * D + u * width + i)] += tile[m * width + i];
+        for (int64_t m = 0; m < r.N; ++m) {
+          const int64_t at = m * D + u * width, n = std::min(width, D - u * width);
+          for (int64_t i = 0; i < n && norm; ++i) d.branch_[size_t(at + i)] = tile[m * width + i];
+          for (int64_t i = 0; i < n && !norm; ++i) d.x_[size_t(at + i)] += tile[m * width + i];
+        }
+      }
+      if (!norm) return;
+      team.meet();
+      Pieces whole = share_out(r.N);
+      for (int64_t m; (m = whole.take()) >= 0;) {
+        float* branch = &d.branch_[size_t(m * D)];
+        normalise(branch, norm, branch);
+        for (int64_t i = 0; i < D; ++i) d.x_[size_t(m * D + i)] += branch[i];
       }
     }
 
@@ -318,7 +360,7 @@ class Decoder {
     }
   };
 
-  std::vector<float> x_, q_, mixed_, hidden_;
+  std::vector<float> x_, q_, mixed_, hidden_, branch_;
   std::vector<Own> own_;
   std::unique_ptr<Counter[]> counters_;
   size_t n_counters_ = 0;
@@ -333,15 +375,18 @@ Matrix matrix(const int64_t*& n) {
 const float* floats(const int64_t*& n) { return reinterpret_cast<const float*>(*n++); }
 
 // The first thing a request asks that is not there: 0 if none, else 1 + its place in tokens, sequence, slots, positions,
-// first, wanted, tables.
-int refused(const Request& r, int64_t V, int64_t n_sequences, int64_t n_positions, int64_t n_blocks) {
+// first, wanted, tables, rows. n_rows: of rings; 0 where there are none.
+int refused(const Request& r, int64_t V, int64_t n_sequences, int64_t n_blocks, int64_t n_rows, bool blocks) {
   const auto outside = [](int64_t i, int64_t n) { return i < 0 || i >= n; };
   for (int64_t m = 0; m < r.N; ++m) {
     if (outside(r.tokens[m], V)) return 1;
     if (outside(r.sequence[m], n_sequences)) return 2;
-    if (outside(r.slots[m], r.n_max * r.block_size)) return 3;
-    if (outside(r.positions[m], n_positions)) return 4;
+    if (outside(r.slots[m], blocks ? r.n_max * r.block_size : INT64_MAX)) return 3;
+    if (outside(r.positions[m], r.n_positions)) return 4;
     if (outside(r.first[m], r.slots[m] + 1)) return 5;
+    // A ring forgets what another token of the same step has still to read.
+    if (n_rows && (outside(r.rows[m], n_rows) || std::find(r.rows, r.rows + m, r.rows[m]) != r.rows + m)) return 8;
+    if (!blocks) continue;
     const int32_t* table = r.tables + r.sequence[m] * r.n_max;
     for (int64_t b = r.first[m] / r.block_size; b <= r.slots[m] / r.block_size; ++b)
       if (outside(table[b], n_blocks)) return 7;
@@ -356,20 +401,22 @@ int refused(const Request& r, int64_t V, int64_t n_sequences, int64_t n_position
 
 extern "C" {
 
-// sizes: those of Sizes. norms: eps, head_eps, scale. parts: the embedding and the last norm; the head; then of each
-// layer four norms (norm_mixer, norm_channel, q_norm, k_norm: addresses or 0) and the matrices qkv, o, up, down, each
-// format, units, width, depth, group and the addresses of weights, bias and powers.
-void* decode_new(const int64_t* sizes, const float* norms, const int64_t* parts) {
+// sizes: those of Sizes. scales: those of Scales. parts: the embedding and the last norm; the head; then of each layer
+// six norms (addresses or 0), window and turn as in Layer, and the matrices qkv, o, up, down, each format, units, width,
+// depth, group and the addresses of weights, bias and powers.
+void* decode_new(const int64_t* sizes, const float* scales, const int64_t* parts) {
   using namespace octavo;
   auto made = std::make_unique<Decoder>();
   std::copy_n(sizes, sizeof(Sizes) / sizeof(int64_t), reinterpret_cast<int64_t*>(&made->s));
-  made->eps = norms[0], made->head_eps = norms[1], made->scale = norms[2];
+  std::copy_n(scales, sizeof(Scales) / sizeof(float), reinterpret_cast<float*>(&made->scales));
   made->embedding = reinterpret_cast<const void*>(*parts++);
   made->norm = floats(parts);
   made->head = matrix(parts);
   for (int64_t i = 0; i < made->s.n_layers; ++i) {
     Layer l;
-    l.norm_mixer = floats(parts), l.norm_channel = floats(parts), l.q_norm = floats(parts), l.k_norm = floats(parts);
+    l.norm_mixer = floats(parts), l.norm_channel = floats(parts), l.mixer_out = floats(parts);
+    l.channel_out = floats(parts), l.q_norm = floats(parts), l.k_norm = floats(parts);
+    l.window = *parts++, l.turn = *parts++;
     l.qkv = matrix(parts), l.o = matrix(parts), l.up = matrix(parts), l.down = matrix(parts);
     made->layers.push_back(l);
   }
@@ -419,17 +466,21 @@ uint64_t decode_read(const uint8_t* p, int64_t n, int threads) {
 
 void decode_free(void* decoder) { delete static_cast<octavo::Decoder*>(decoder); }
 
-// counts: N, n_wanted, n_max, block_size, n_sequences, n_positions, n_blocks, whether the pools hold bf16, threads.
-// numbers: tokens, sequence, slots, positions, first (N each). Returns 0, or which number is refused.
+// counts: N, n_wanted, n_max, block_size, n_positions, n_sequences, n_blocks, n_rows of rings, whether the pools hold
+// bf16, threads. numbers: tokens, sequence, slots, positions, first, rows, docs (N each). memory: of each layer the five
+// of Memory. Returns 0, or which number is refused.
 int decode_step(void* decoder, const int64_t* counts, const int64_t* numbers, const int64_t* wanted,
-                const int32_t* tables, const float* turns, void* const* pools, float* logits) {
+                const int32_t* tables, const float* turns, const void* memory, float* logits) {
   using namespace octavo;
   auto& own = *static_cast<Decoder*>(decoder);
   const int64_t N = counts[0];
-  const Request r = {N, counts[1], counts[2], counts[3], numbers, numbers + N, numbers + 2 * N, numbers + 3 * N,
-                     numbers + 4 * N, wanted, tables, turns, pools, logits};
-  if (const int why = refused(r, own.s.V, counts[4], counts[5], counts[6])) return why;
-  if (N > 0) own.step(r, counts[7] != 0, int(counts[8]));
+  const Memory* layers = static_cast<const Memory*>(memory);
+  const Request r = {N, counts[1], counts[2], counts[3], counts[4], numbers, numbers + N, numbers + 2 * N,
+                     numbers + 3 * N, numbers + 4 * N, numbers + 5 * N, numbers + 6 * N, wanted, tables, turns, layers,
+                     logits};
+  const bool blocks = std::any_of(layers, layers + own.s.n_layers, [](const Memory& m) { return m.ring == 0; });
+  if (const int why = refused(r, own.s.V, counts[5], counts[6], counts[7], blocks)) return why;
+  if (N > 0) own.step(r, counts[8] != 0, int(counts[9]));
   return 0;
 }
 }

@@ -28,6 +28,12 @@ inline void list_entries(const int32_t* blocks, int64_t block_size, int64_t firs
   std::fill_n(out, kEarly, out[-1]);
 }
 
+// The same of a ring of `length` entries from `base` on, which holds slot s at s % length.
+inline void list_ring(int64_t base, int64_t length, int64_t first, int64_t n, int64_t* out) {
+  for (int64_t i = 0, at = first % length; i < n; ++i, at = at + 1 < length ? at + 1 : 0) out[i] = base + at;
+  std::fill_n(out + n, kEarly, out[n - 1]);
+}
+
 // n channels, or W * 32 of them where that is known: this is done for each entry, so a loop would be felt.
 template <int W = 0, class C> inline void fetch(const C* p, int64_t n) {
   constexpr int64_t kLine = 64 / sizeof(C);
@@ -96,6 +102,13 @@ inline Lanes exponential(Lanes x) {
   return y;
 }
 
+// cap * tanh(x / cap).
+inline Lanes capped(Lanes x, float cap) {
+  const Lanes y = x * lanes(1.f / cap), e = exponential(lanes(-2.f) * (y > -y ? y : -y));  // no overflow: e <= 1
+  const Lanes size = lanes(cap) * (lanes(1.f) - e) / (lanes(1.f) + e);
+  return y > Lanes{} ? size : -size;
+}
+
 // One layer's keys and values of one key head: entries of K channels, `step` apart.
 template <class C> struct Pool {
   C *keys, *values;
@@ -131,10 +144,11 @@ void weigh(const Pool<C>& pool, const int64_t* entries, int64_t n, const float* 
 }
 
 // Queries q (N, width) of N heads, scaled, their channels where place_of says and zeros between, over n entries
-// (list_entries); W is width / 32 where that is known. scratch: 16 floats for each kLanes / N entries begun.
+// (list_entries); W is width / 32 where that is known. cap: the bound of scores, 0 for none. scratch: 16 floats for each
+// kLanes / N entries begun.
 template <int N, int W, class C>
-void attend(const Pool<C>& pool, const int64_t* entries, int64_t n, const float* q, int64_t width, float* scratch,
-            float* out) {
+void attend(const Pool<C>& pool, const int64_t* entries, int64_t n, const float* q, int64_t width, float cap,
+            float* scratch, float* out) {
   constexpr int P = kLanes / N;
   if (W) width = W * kChannels;
   const Wholes lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -153,7 +167,8 @@ void attend(const Pool<C>& pool, const int64_t* entries, int64_t n, const float*
         for (int h = 0; h < N; ++h) total[p * N + h] += b * get(q + h * width + i + kLanes);
       }
     }
-    const Lanes score = lane < int32_t(std::min<int64_t>(P, n - start) * N) ? sums(total) : lanes(-INFINITY);
+    const Lanes sum = cap > 0 ? capped(sums(total), cap) : sums(total);
+    const Lanes score = lane < int32_t(std::min<int64_t>(P, n - start) * N) ? sum : lanes(-INFINITY);
     put(scores, score);
     most = most > score ? most : score;
   }
