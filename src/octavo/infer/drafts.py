@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.errors import ConfigError, NumericError
+from octavo.infer import native
 from octavo.infer.executors import PlainExecutor, fastest
 from octavo.infer.memory import Pool, kind_of
 from octavo.infer.said import Said, further
@@ -148,7 +149,7 @@ class ModelDraft:
         dtype, device = kind_of(model)
         self.pool = Pool(
             model.state_specs(), n_blocks=n_slots, block_size=limit, n_slots=n_slots, max_tokens=limit,
-            dtype=dtype, device=device,
+            dtype=dtype, device=device, aside=0 if native.unsuitable(model) else limit,
         )  # fmt: skip
         self.executor = fastest(model, self.pool, PlainExecutor(model, self.pool))
         self.known: dict[int, _Known] = {}

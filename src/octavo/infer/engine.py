@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from octavo.errors import ConfigError, NumericError, ResourceError
+from octavo.infer import native
 from octavo.infer.blocks import Blocks
 from octavo.infer.drafts import Asked, Drafter, ModuleDraft
 from octavo.infer.executors import Executor, PassFailed, PlainExecutor, executor_of
@@ -94,7 +95,7 @@ class Engine:
         try:
             self.pool = Pool(
                 specs, n_blocks=self.n_blocks, block_size=size, n_slots=config.max_sequences, max_tokens=limit,
-                dtype=dtype, device=device,
+                dtype=dtype, device=device, aside=0 if native.unsuitable(model) else self.step_tokens,
             )  # fmt: skip
         except RuntimeError:  # torch's own error of memory
             wanted = self.n_blocks * size * token_bytes
@@ -111,12 +112,17 @@ class Engine:
         self._order = itertools.count()
         self.reset()
 
+    @property
+    def step_tokens(self) -> int:
+        """The most tokens of a step."""
+        return max(self.config.step_tokens, self.config.chunk)
+
     def reset(self) -> None:
         """Forget every request and every text."""
         config, size = self.config, self.pool.block_size
         self.blocks = Blocks(self.n_blocks, size) if self.n_blocks else None
         self.scheduler = Scheduler(
-            self.blocks, config.max_sequences, step_tokens=max(config.step_tokens, config.chunk), chunk=config.chunk,
+            self.blocks, config.max_sequences, step_tokens=self.step_tokens, chunk=config.chunk,
             share=config.share_prefixes and self.pool.only_tokens and not isinstance(self.drafter, ModuleDraft),
             deterministic=config.deterministic,
         )  # fmt: skip

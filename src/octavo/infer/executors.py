@@ -120,27 +120,39 @@ class NativeExecutor:
         layers = [pool.buffers[f"{depth}.mixer"] for depth in range(self.native.n_layers)]
         self.keys, self.values = ([own[name] for own in layers] for name in ("k", "v"))
         self.rings = [native.marks_of(own) for own in layers]
-        self.has_rings = any(marks is not None for marks in self.rings)
+        behind = [(len(own["k"]) - pool.n_slots) * own["k"].shape[1] for own in layers if "_slots" in own]
+        self.room = min(behind, default=sys.maxsize)  # tokens of a step, where some follow others of their text
         tiles = self.native.embedding.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
         self.most = NATIVE_TOKENS if tiles else sys.maxsize
 
     def __call__(self, works: Sequence[Work]) -> Iterable[tuple[Work, Tensor | None]]:
         own = [work for work in works if self._serves(work)]
-        if own:
+        for group in self._groups(own):
             try:
-                read = self._read(own)
+                read = self._read(group)
             except Exception as error:
-                raise PassFailed(own, error) from error
+                raise PassFailed(group, error) from error
             yield from read
         if len(own) < len(works):
             yield from self.plain([work for work in works if not self._serves(work)])
 
     def _serves(self, work: Work) -> bool:
-        sequence = work.sequence
-        n = work.n + len(work.draft)
-        if n > 1 and self.has_rings:  # a ring forgets what an earlier token of the same pass reads
-            return False
-        return n <= self.most and not sequence.whole and not sequence.alone
+        sequence, n = work.sequence, len(work.tokens)
+        return n <= self.most and (n == 1 or n <= self.room) and not sequence.whole and not sequence.alone
+
+    def _groups(self, works: list[Work]) -> Iterable[list[Work]]:
+        """All together, or as many as rings have room for; a row is the same in either."""
+        sizes = [len(work.tokens) for work in works]
+        if not works or max(sizes) == 1 or sum(sizes) <= self.room:
+            return [works] if works else []
+        groups, left = [[works[0]]], self.room - sizes[0]
+        for work, size in zip(works[1:], sizes[1:], strict=True):
+            if size > left:
+                groups.append([])
+                left = self.room
+            groups[-1].append(work)
+            left -= size
+        return groups
 
     def _read(self, works: list[Work]) -> list[tuple[Work, Tensor | None]]:
         tokens, whose, slots, rows, wanted = list[int](), list[int](), list[int](), list[int](), list[int]()

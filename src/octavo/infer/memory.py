@@ -30,6 +30,8 @@ class Pool:
         specs: the model's, by layer.
         n_blocks: beside the scrap block.
         max_tokens: of a sequence; no ring is longer.
+        aside: tokens that rings have room for behind the last sequence's, while a step has still to read what they will
+            replace.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Pool:
         max_tokens: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        aside: int = 0,
     ):
         self.specs = {name: spec for name, spec in specs.items() if spec}
         self.block_size, self.n_slots, self.device = block_size, n_slots, torch.device(device)
@@ -53,10 +56,11 @@ class Pool:
                 if field.kind == "memory" and field.length is None:
                     self.memories[layer, name] = {}
                     continue
+                ring = min(field.length or 0, max_tokens) + 1
                 leading = {
                     "token": ((n_blocks + 1) * block_size,),
                     "row": (n_slots,),
-                    "ring": (n_slots, min(field.length or 0, max_tokens) + 1),
+                    "ring": (n_slots - -aside // ring, ring),
                     "memory": (n_slots, field.length or 0),
                 }[field.kind]
                 own[name] = zeros(*leading, *field.shape, dtype=field.dtype or dtype, device=self.device)

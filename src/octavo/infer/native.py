@@ -286,7 +286,8 @@ class NativeModel:
             values: like ``keys``.
             wanted: (W,) int64, the rows whose logits are needed.
             rings: of each layer whose keys lie in rings, which slot each entry holds and of which document, both
-                (n_rows, length) int64; None for the others. Then no two tokens are of one sequence.
+                (n_rows, length) int64; None for the others. Several tokens of one sequence then stand one after the
+                other, and ``keys`` and ``values`` have room for N entries behind the n_rows rings.
             rows: (N,) int64, which of the rings is each token's.
             docs: (N,) int64, which document each token is of; default: the first.
 
@@ -304,10 +305,10 @@ class NativeModel:
             self._turn(highest)
         if not len(keys) == len(values) == self.n_layers:
             raise ValueError(f"pools of {len(keys)} layers do not fit the model")
-        memory, n_entries, n_rows = self._memory(keys, values, rings or [None] * self.n_layers)
+        memory, n_entries, n_rows, aside = self._memory(keys, values, rings or [None] * self.n_layers)
         counts = [
             N, W, tables.shape[1], block_size, self.turns.shape[1] if self.R else 2**62, len(tables),
-            n_entries // block_size, n_rows, int(keys[0].dtype == torch.bfloat16),
+            n_entries // block_size, n_rows, aside, int(keys[0].dtype == torch.bfloat16),
             self.threads or torch.get_num_threads(),
         ]  # fmt: skip
         tables, wanted = tables.to(torch.int32).contiguous(), wanted.contiguous()
@@ -317,26 +318,30 @@ class NativeModel:
             tables.data_ptr(), self.turns.data_ptr(), (ctypes.c_int64 * len(memory))(*memory), logits.data_ptr(),
         )  # fmt: skip
         if refused:
-            raise ValueError(f"a number of {ASKED[refused - 1]} is outside of what it counts, or is there twice")
+            raise ValueError(f"a number of {ASKED[refused - 1]} is outside of what it counts, or has no room")
         return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
 
     def _memory(
         self, keys: Sequence[Tensor], values: Sequence[Tensor], rings: Sequence[Marks | None]
-    ) -> tuple[list[int], int, int]:
-        """What the library is told of the pools of all layers; entries of those in blocks, rows of those in rings."""
-        entries, rows, told = set[Any](), set[Any](), list[int]()
+    ) -> tuple[list[int], int, int, int]:
+        """What the library is told of the pools; entries of those in blocks; rows of rings, and entries behind them."""
+        entries, rows, told, aside = set[int](), set[int](), list[int](), 2**62
         for k, v, marks in zip(keys, values, rings, strict=True):
             if k.shape[-2:] != self.heads or k.ndim != (3 if marks is None else 4) or k.dtype not in DTYPES:
                 raise ValueError(f"pools of {tuple(k.shape)}, {k.dtype} do not fit the model")
-            (entries if marks is None else rows).add(len(k))
+            if marks is None:
+                entries.add(len(k))
+            else:
+                rows.add(len(marks[0]))
+                aside = min(aside, (len(k) - len(marks[0])) * k.shape[1])
             alike = k.shape == v.shape and k.dtype == v.dtype == keys[0].dtype
-            alike &= all(own.shape == k.shape[:2] for own in marks or ())
+            alike &= all(own.shape == (len(own), k.shape[1]) and len(own) <= len(k) for own in marks or ())
             if not alike or not all(own.is_contiguous() for own in (k, v, *(marks or ()))):
                 raise ValueError("pools of several shapes or kinds, or not contiguous")
             told += [k.data_ptr(), v.data_ptr(), *((0, 0, 0) if marks is None else (k.shape[1], *_addresses(marks)))]
         if len(entries) > 1 or len(rows) > 1:
             raise ValueError("pools of several shapes or kinds, or not contiguous")
-        return told, max(entries, default=0), max(rows, default=0)
+        return told, max(entries, default=0), max(rows, default=0), aside
 
     def _turn(self, highest: int) -> None:
         """Rotations up to that position, always computed in the same pieces: the same bits whoever asks first."""

@@ -159,27 +159,56 @@ def test_pools_that_do_not_fit_are_refused():
             other.step([(0, 0, 1)])
 
 
+class Rings:
+    """A windowed model on rings of 4 entries and one that takes nothing, with room behind them for ``aside`` tokens."""
+
+    def __init__(self, aside: int):
+        torch.manual_seed(0)
+        one = model(blocks={"block": {"mixer": ATTENTION | {"window": 4}}})
+        self.made, n_layers = NativeModel(one), one.config.n_layers
+        shape = 2 - -aside // 5, 5, *self.made.heads
+        self.keys, self.values = ([torch.zeros(shape) for _ in range(n_layers)] for _ in range(2))
+        self.rings = [(torch.full((2, 5), -1), torch.full((2, 5), -1)) for _ in range(n_layers)]
+
+    def step(self, asked: list[tuple[int, int, int]], **changes) -> torch.Tensor:
+        """Tokens as (row, slot, token)."""
+        rows, slots, tokens = torch.tensor(asked).T
+        zeros, tables = torch.zeros_like(rows), torch.zeros(len(asked), 1, dtype=torch.int32)
+        how = {"rings": self.rings, "rows": rows} | changes
+        wanted = torch.arange(len(asked))
+        return self.made.step(tokens, zeros, slots, slots, tables, 1, zeros, self.keys, self.values, wanted, **how)
+
+
 @torch.inference_mode()
-def test_a_ring_takes_one_token_of_a_text_at_a_time():
-    one = model(blocks={"block": {"mixer": ATTENTION | {"window": 4}}})
-    made, state = NativeModel(one), one.new_state(2, 12)
-    layers = [layer.buffers for layer in state.layers.values()]
-    keys, values = ([own[name] for own in layers] for name in ("k", "v"))
-    tables, zeros, slots = torch.zeros(2, 1, dtype=torch.int32), torch.zeros(2).long(), torch.tensor([0, 1])
-    how = {"rings": [(own["_slots"], own["_docs"]) for own in layers]}
+def test_rings_are_read_the_same_in_parts_of_any_size():
+    """Parts longer than the ring, beginning anywhere in it, beside those of another text."""
+    texts = [[(7 * i + row) % 53 for i in range(17)] for row in range(2)]
+    single, parts = Rings(0), Rings(20)
+    alone = [[single.step([(row, i, token)])[0] for i, token in enumerate(text)] for row, text in enumerate(texts)]
+    for cuts in (((0, 3), (0, 1)), ((3, 11), (1, 2)), ((11, 12), (2, 14)), ((12, 17), (14, 17))):
+        asked = [(row, i, texts[row][i]) for row, (a, b) in enumerate(cuts) for i in range(a, b)]
+        for (row, i, _), logits in zip(asked, parts.step(asked), strict=True):
+            assert torch.equal(logits, alone[row][i]), (row, i)
+    for ours, theirs in zip((*parts.keys, *parts.values), (*single.keys, *single.values), strict=True):
+        assert torch.equal(ours[:2, :4], theirs[:2, :4])
+    for ours, theirs in zip(parts.rings, single.rings, strict=True):
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+        assert sorted(ours[0][0].tolist()) == [-1, 13, 14, 15, 16]
 
-    def step(rows: list[int], **changes) -> None:
-        made.step(
-            slots, slots, zeros, zeros, tables, 1, zeros, keys, values, slots, rows=torch.tensor(rows), **how | changes
-        )
 
-    step([1, 0])
-    assert all(own["_slots"][:, 0].tolist() == [0, 0] and own["_docs"][:, 0].tolist() == [0, 0] for own in layers)
-    for rows in ([1, 1], [0, 2], [-1, 0]):
-        with pytest.raises(ValueError, match="a number of rows is outside of what it counts, or is there twice"):
-            step(rows)
+@torch.inference_mode()
+def test_what_rings_cannot_take_is_refused():
+    rings = Rings(0)
+    rings.step([(1, 0, 5), (0, 0, 6)])
+    for asked in ([(1, 1, 5), (1, 2, 6)], [(0, 1, 5), (2, 0, 6)], [(-1, 0, 5)]):
+        with pytest.raises(ValueError, match="a number of rows is outside of what it counts, or has no room"):
+            rings.step(asked)
+    roomy = Rings(9)
+    for asked in ([(1, 1, 5), (0, 1, 5), (1, 2, 6)], [(1, 1, 5), (1, 3, 6)], [(0, i, 1) for i in range(11)]):
+        with pytest.raises(ValueError, match="a number of rows is outside of what it counts, or has no room"):
+            roomy.step(asked)
     with pytest.raises(ValueError, match="pools of several shapes"):
-        step([0, 1], rings=[(own["_slots"][:, 1:], own["_docs"]) for own in layers])
+        rings.step([(0, 1, 5)], rings=[(slots[:, 1:], docs) for slots, docs in rings.rings])
 
 
 def test_changed_weights_are_packed_anew_however_they_were_changed():

@@ -74,11 +74,11 @@ struct Layer {
   Matrix qkv, o, up, down;  // qkv: whole units for each head; up: half of each unit is the gate, if there is one
 };
 
-// A layer's keys and values: in blocks, or in a ring for each row of the state, whose last entry is a spare one. A ring
-// says of each entry which slot it holds, and of which document.
+// A layer's keys and values: in blocks, or in a ring for each row of the state, whose last entry takes nothing here. A
+// ring says of each entry which slot it holds, and of which document.
 struct Memory {
   void *keys, *values;
-  int64_t ring;  // entries of a ring with the spare one; 0 where there are blocks
+  int64_t ring;  // entries of a ring with the last one; 0 where there are blocks
   int64_t *slots, *docs;
 };
 
@@ -89,8 +89,10 @@ struct Request {
   const int64_t *tokens, *sequence, *slots, *positions, *first, *rows, *docs, *wanted;
   const int32_t* tables;
   const float* turns;
-  const Memory* memory;  // of each layer
-  float* logits;         // (n_wanted, V)
+  const Memory* memory;   // of each layer
+  float* logits;          // (n_wanted, V)
+  int64_t n_rows;         // of the rings
+  const int64_t* begins;  // 0, or where several tokens go to one ring: the first token in the step of each one's sequence
 };
 
 struct alignas(64) Counter {
@@ -152,7 +154,7 @@ class Decoder {
  private:
   void begin(const Request& r, int threads) {
     own_.resize(std::max(own_.size(), size_t(threads)));
-    const size_t n_counters = size_t(7 * s.n_layers + 2) * size_t(threads);
+    const size_t n_counters = size_t(8 * s.n_layers + 2) * size_t(threads);
     if (n_counters_ < n_counters) counters_ = std::make_unique<Counter[]>(n_counters), n_counters_ = n_counters;
     for (size_t i = 0; i < n_counters; ++i) counters_[i].next.store(0, std::memory_order_relaxed);
     const auto zeros = [](std::vector<float>& x, int64_t n) {  // what lies between rows is read, as nothing
@@ -191,6 +193,7 @@ class Decoder {
         team.meet();
         read(l);
         team.meet();
+        keep(l);
         add(layer.o, d.mixed_.data(), layer.mixer_out, share_of(layer.up, layer.up.units));
         team.meet();
         widen(layer);
@@ -255,17 +258,49 @@ class Decoder {
         return;
       }
       const Memory& memory = r.memory[at];
-      const int64_t entry = memory.ring ? r.rows[m] * memory.ring + r.slots[m] % (memory.ring - 1)
-                                        : entry_of(r.tables + r.sequence[m] * r.n_max, r.block_size, r.slots[m]);
-      if (memory.ring && h == s.H) memory.slots[entry] = r.slots[m], memory.docs[entry] = r.docs[m];
+      const int64_t entry = !memory.ring  ? entry_of(r.tables + r.sequence[m] * r.n_max, r.block_size, r.slots[m])
+                            : r.begins ? aside(memory, m)
+                                       : ring_entry(memory, m);
+      if (memory.ring && !r.begins && h == s.H) memory.slots[entry] = r.slots[m], memory.docs[entry] = r.docs[m];
       C* pool = static_cast<C*>(h >= s.H + s.G ? memory.values : memory.keys);
       C* to = pool + (entry * s.G + (h - s.H) % s.G) * s.K;
       for (int64_t i = 0; i < s.K; ++i) to[i] = from_float<C>(x[i]);
     }
 
+    int64_t ring_entry(const Memory& memory, int64_t m) const {
+      return r.rows[m] * memory.ring + r.slots[m] % (memory.ring - 1);
+    }
+    // Where token m is kept until all have read, if it may be in the place of what an earlier one reads: behind the rings.
+    int64_t aside(const Memory& memory, int64_t m) const { return r.n_rows * memory.ring + m; }
+
+    // What was kept aside goes to the rings: of each sequence as much as they hold.
+    void keep(int64_t at) {
+      const Memory& memory = r.memory[at];
+      if (!memory.ring || !r.begins) return;
+      const int64_t width = d.s.G * d.s.K;
+      C *keys = static_cast<C*>(memory.keys), *values = static_cast<C*>(memory.values);
+      Pieces tokens = share_out(r.N);
+      for (int64_t m; (m = tokens.take()) >= 0;) {
+        const int64_t later = m + memory.ring - 1;  // whose entry would be the same
+        if (later < r.N && r.begins[later] == r.begins[m]) continue;
+        const int64_t from = aside(memory, m), to = ring_entry(memory, m);
+        std::copy_n(keys + from * width, width, keys + to * width);
+        std::copy_n(values + from * width, width, values + to * width);
+        memory.slots[to] = r.slots[m], memory.docs[to] = r.docs[m];
+      }
+    }
+
+    // The n entries of a ring that token m reads from slot `first` on; those of this step from where they are kept aside.
+    void list_own(const Memory& memory, int64_t m, int64_t first, int64_t n, int64_t* entries) {
+      const int64_t fresh = r.begins ? std::min(n, m - r.begins[m] + 1) : 0, old = n - fresh;
+      if (old > 0) list_ring(r.rows[m] * memory.ring, memory.ring - 1, first, old, entries);
+      for (int64_t i = 0; i < fresh; ++i) entries[old + i] = aside(memory, m - fresh + 1 + i);
+      std::fill_n(entries + n, kEarly, entries[n - 1]);
+    }
+
     void read(int64_t at) {
       const Sizes& s = d.s;
-      const int64_t window = d.layers[size_t(at)].window, ring = r.memory[at].ring;
+      const int64_t window = d.layers[size_t(at)].window;
       // Up to four heads of a key head at a time; all of a token's in one piece if there are tokens enough, for then
       // its entries are listed once and read while they are near.
       const int64_t alike = s.H / s.G, batches = (alike + 3) / 4, each = r.N < 2 * team.size() ? 1 : s.G * batches;
@@ -278,8 +313,8 @@ class Decoder {
         const int64_t n = r.slots[m] - first + 1;
         fit(own.scratch, 4 * (n + kLanes));
         int64_t* entries = fit(own.entries, n + kEarly);
-        if (ring)
-          list_ring(r.rows[m] * ring, ring - 1, first, n, entries);
+        if (r.memory[at].ring)
+          list_own(r.memory[at], m, first, n, entries);
         else
           list_entries(r.tables + r.sequence[m] * r.n_max, r.block_size, first, n, entries);
         for (int64_t i = task % pieces * each, end = i + each; i < end; ++i) {
@@ -376,7 +411,7 @@ const float* floats(const int64_t*& n) { return reinterpret_cast<const float*>(*
 
 // The first thing a request asks that is not there: 0 if none, else 1 + its place in tokens, sequence, slots, positions,
 // first, wanted, tables, rows. n_rows: of rings; 0 where there are none.
-int refused(const Request& r, int64_t V, int64_t n_sequences, int64_t n_blocks, int64_t n_rows, bool blocks) {
+int refused(const Request& r, int64_t V, int64_t n_sequences, int64_t n_blocks, bool blocks) {
   const auto outside = [](int64_t i, int64_t n) { return i < 0 || i >= n; };
   for (int64_t m = 0; m < r.N; ++m) {
     if (outside(r.tokens[m], V)) return 1;
@@ -384,8 +419,7 @@ int refused(const Request& r, int64_t V, int64_t n_sequences, int64_t n_blocks, 
     if (outside(r.slots[m], blocks ? r.n_max * r.block_size : INT64_MAX)) return 3;
     if (outside(r.positions[m], r.n_positions)) return 4;
     if (outside(r.first[m], r.slots[m] + 1)) return 5;
-    // A ring forgets what another token of the same step has still to read.
-    if (n_rows && (outside(r.rows[m], n_rows) || std::find(r.rows, r.rows + m, r.rows[m]) != r.rows + m)) return 8;
+    if (r.n_rows && outside(r.rows[m], r.n_rows)) return 8;
     if (!blocks) continue;
     const int32_t* table = r.tables + r.sequence[m] * r.n_max;
     for (int64_t b = r.first[m] / r.block_size; b <= r.slots[m] / r.block_size; ++b)
@@ -394,6 +428,16 @@ int refused(const Request& r, int64_t V, int64_t n_sequences, int64_t n_blocks, 
   for (int64_t w = 0; w < r.n_wanted; ++w)
     if (outside(r.wanted[w], r.N)) return 6;
   return 0;
+}
+
+// Where the tokens of each one's ring begin in a step: false if they are not one after the other.
+bool ordered(const Request& r, int64_t* begins) {
+  for (int64_t m = 0; m < r.N; ++m) {
+    const bool on = m > 0 && r.rows[m] == r.rows[m - 1];
+    if (on ? r.slots[m] != r.slots[m - 1] + 1 : std::find(r.rows, r.rows + m, r.rows[m]) != r.rows + m) return false;
+    begins[m] = on ? begins[m - 1] : m;
+  }
+  return true;
 }
 
 }  // namespace
@@ -466,8 +510,8 @@ uint64_t decode_read(const uint8_t* p, int64_t n, int threads) {
 
 void decode_free(void* decoder) { delete static_cast<octavo::Decoder*>(decoder); }
 
-// counts: N, n_wanted, n_max, block_size, n_positions, n_sequences, n_blocks, n_rows of rings, whether the pools hold
-// bf16, threads. numbers: tokens, sequence, slots, positions, first, rows, docs (N each). memory: of each layer the five
+// counts: N, n_wanted, n_max, block_size, n_positions, n_sequences, n_blocks, n_rows of rings, entries behind the rings of
+// each layer, whether the pools hold bf16, threads. numbers: tokens, sequence, slots, positions, first, rows, docs (N each). memory: of each layer the five
 // of Memory. Returns 0, or which number is refused.
 int decode_step(void* decoder, const int64_t* counts, const int64_t* numbers, const int64_t* wanted,
                 const int32_t* tables, const float* turns, const void* memory, float* logits) {
@@ -475,12 +519,17 @@ int decode_step(void* decoder, const int64_t* counts, const int64_t* numbers, co
   auto& own = *static_cast<Decoder*>(decoder);
   const int64_t N = counts[0];
   const Memory* layers = static_cast<const Memory*>(memory);
-  const Request r = {N, counts[1], counts[2], counts[3], counts[4], numbers, numbers + N, numbers + 2 * N,
+  Request r = {N, counts[1], counts[2], counts[3], counts[4], numbers, numbers + N, numbers + 2 * N,
                      numbers + 3 * N, numbers + 4 * N, numbers + 5 * N, numbers + 6 * N, wanted, tables, turns, layers,
-                     logits};
+                     logits, counts[7], nullptr};
   const bool blocks = std::any_of(layers, layers + own.s.n_layers, [](const Memory& m) { return m.ring == 0; });
-  if (const int why = refused(r, own.s.V, counts[5], counts[6], counts[7], blocks)) return why;
-  if (N > 0) own.step(r, counts[8] != 0, int(counts[9]));
+  if (const int why = refused(r, own.s.V, counts[5], counts[6], blocks)) return why;
+  std::vector<int64_t> begins(r.n_rows ? size_t(N) : 0);
+  if (r.n_rows && !ordered(r, begins.data())) return 8;
+  for (int64_t m = 0; m < int64_t(begins.size()); ++m)
+    if (begins[size_t(m)] < m) r.begins = begins.data();
+  if (r.begins && counts[8] < N) return 8;
+  if (N > 0) own.step(r, counts[9] != 0, int(counts[10]));
   return 0;
 }
 }
