@@ -137,7 +137,7 @@ def build_engines(
 def octavo(mode: str, shape: dict[str, Any], ids: Any, args: argparse.Namespace, clock: Callable[[], float]) -> Any:
     import torch
 
-    from octavo.infer.native import NativeModel
+    from octavo.infer.native import Memory, NativeModel
     from octavo.infer.pages import zeros
     from octavo.models.decoder import Decoder, build
 
@@ -154,11 +154,12 @@ def octavo(mode: str, shape: dict[str, Any], ids: Any, args: argparse.Namespace,
     (batch, context), room = ids.shape, 512
     pool = (batch * room, *made.heads)
     keys, values = ([zeros(*pool, dtype=dtype, device=torch.device("cpu")) for _ in range(made.n_layers)] for _ in "kv")
+    memory = Memory(made, keys, values)
     tables, rows = torch.arange(batch, dtype=torch.int32)[:, None], torch.arange(batch)
 
     def step(tokens: Any, sequence: Any, slots: Any, wanted: Any) -> Any:
         first = torch.zeros_like(slots)
-        logits = made.step(tokens, sequence, slots, slots, tables, room, first, keys, values, wanted)
+        logits = made.step(tokens, sequence, slots, slots, tables, room, first, memory, wanted)
         return logits.argmax(-1)
 
     def run(n: int) -> tuple[float, float]:

@@ -118,10 +118,9 @@ class NativeExecutor:
     def __init__(self, model: Decoder, pool: Pool, plain: PlainExecutor):
         self.native, self.pool, self.plain = native.packed(model), pool, plain
         layers = [pool.buffers[f"{depth}.mixer"] for depth in range(self.native.n_layers)]
-        self.keys, self.values = ([own[name] for own in layers] for name in ("k", "v"))
-        self.rings = [native.marks_of(own) for own in layers]
-        behind = [(len(own["k"]) - pool.n_slots) * own["k"].shape[1] for own in layers if "_slots" in own]
-        self.room = min(behind, default=sys.maxsize)  # tokens of a step, where some follow others of their text
+        keys, values = ([own[name] for own in layers] for name in ("k", "v"))
+        self.memory = native.Memory(self.native, keys, values, [native.marks_of(own) for own in layers])
+        self.room = self.memory.aside  # tokens of a step, where some follow others of their text
         tiles = self.native.embedding.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
         self.most = NATIVE_TOKENS if tiles else sys.maxsize
 
@@ -170,8 +169,8 @@ class NativeExecutor:
         logits = self.native.step(
             numbers[0], numbers[1], numbers[2], numbers[2],
             torch.tensor([[*table, *[0] * (widest - len(table))] for table in tables], dtype=torch.int32),
-            self.pool.block_size, torch.zeros_like(numbers[0]), self.keys, self.values, torch.tensor(wanted),
-            rings=self.rings, rows=numbers[3],
+            self.pool.block_size, torch.zeros_like(numbers[0]), self.memory, torch.tensor(wanted),
+            rows=numbers[3],
         )  # fmt: skip
         parts = iter(logits.split([work.n_wanted for work in works if work.completes]))
         return [(work, next(parts) if work.completes else None) for work in works]

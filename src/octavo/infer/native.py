@@ -59,10 +59,6 @@ def marks_of(buffers: dict[str, Tensor]) -> Marks | None:
     return (buffers["_slots"], buffers["_docs"]) if "_slots" in buffers else None
 
 
-def _addresses(marks: Marks) -> tuple[int, int]:
-    return marks[0].data_ptr(), marks[1].data_ptr()
-
-
 @functools.cache
 def library() -> tuple[ctypes.CDLL | None, str]:
     """The native library of this process, or why there is none; tried once."""
@@ -94,7 +90,7 @@ def unsuitable(model: Any) -> str:
     if weight.device.type != "cpu" or weight.dtype not in DTYPES:
         return "not fp32 or bf16 on the CPU"
     for scheme, kind in zip(_schemes(model), (own.kind for own in config.schemes()), strict=True):
-        if kind not in ("rope", "none"):
+        if scheme is not None and kind not in ("rope", "none"):
             return f"positions {kind}"
         if (scaling := getattr(scheme, "scaling", None)) is not None and scaling.by_length:
             return "a rotation that depends on the length of the text"
@@ -145,8 +141,9 @@ def _shape(config: Any) -> str:
 
 
 def _schemes(model: Decoder) -> list[Any]:
-    """The position schemes of the model's attention, the model's own first."""
-    return [next(iter(tables.values())) for tables in model.rotary]
+    """The position schemes of the model's attention, the model's own first; None where no layer uses one."""
+    used = {model.turns[name] for name in model.config.layer_names()}
+    return [next(iter(tables.values())) if i in used else None for i, tables in enumerate(model.rotary)]
 
 
 class NativeModel:
@@ -261,11 +258,9 @@ class NativeModel:
         tables: Tensor,
         block_size: int,
         first: Tensor,
-        keys: Sequence[Tensor],
-        values: Sequence[Tensor],
+        memory: Memory,
         wanted: Tensor,
         *,
-        rings: Sequence[Marks | None] = (),
         rows: Tensor | None = None,
         docs: Tensor | None = None,
     ) -> Tensor:
@@ -281,21 +276,17 @@ class NativeModel:
             tables: (n_sequences, n_max) int32, the blocks that hold slots 0, 1, ... of a sequence.
             block_size: slots of a block.
             first: the first slot each token reads; it reads on to its own.
-            keys: of each layer, (n_blocks * block_size, G, K), fp32 or bf16, contiguous; (n_rows, length, G, K) where
-                ``rings`` says so.
-            values: like ``keys``.
+            memory: the keys and values of all layers, made for this model.
             wanted: (W,) int64, the rows whose logits are needed.
-            rings: of each layer whose keys lie in rings, which slot each entry holds and of which document, both
-                (n_rows, length) int64; None for the others. Several tokens of one sequence then stand one after the
-                other, and ``keys`` and ``values`` have room for N entries behind the n_rows rings.
-            rows: (N,) int64, which of the rings is each token's.
+            rows: (N,) int64, which of the rings is each token's. Several tokens of one then stand one after the other,
+                and there is room for N entries behind the rings.
             docs: (N,) int64, which document each token is of; default: the first.
 
         Returns:
             logits (W, V) float32.
 
         Raises:
-            ValueError: a number is outside of what it counts, or a pool is not as described.
+            ValueError: a number is outside of what it counts, or a ring has no room for several tokens.
         """
         zeros = torch.zeros_like(tokens)
         given = [zeros if t is None else t for t in (rows, docs)]
@@ -303,45 +294,20 @@ class NativeModel:
         N, W = len(tokens), len(wanted)
         if self.R and N and (highest := int(positions.max())) >= self.turns.shape[1]:
             self._turn(highest)
-        if not len(keys) == len(values) == self.n_layers:
-            raise ValueError(f"pools of {len(keys)} layers do not fit the model")
-        memory, n_entries, n_rows, aside = self._memory(keys, values, rings or [None] * self.n_layers)
         counts = [
             N, W, tables.shape[1], block_size, self.turns.shape[1] if self.R else 2**62, len(tables),
-            n_entries // block_size, n_rows, aside, int(keys[0].dtype == torch.bfloat16),
+            memory.n_entries // block_size, memory.n_rows, memory.aside, int(memory.narrow),
             self.threads or torch.get_num_threads(),
         ]  # fmt: skip
         tables, wanted = tables.to(torch.int32).contiguous(), wanted.contiguous()
         logits = torch.empty(W, self.vocab_size)
         refused = self.library.decode_step(
             self.handle, (ctypes.c_int64 * len(counts))(*counts), numbers.data_ptr(), wanted.data_ptr(),
-            tables.data_ptr(), self.turns.data_ptr(), (ctypes.c_int64 * len(memory))(*memory), logits.data_ptr(),
+            tables.data_ptr(), self.turns.data_ptr(), memory.told, logits.data_ptr(),
         )  # fmt: skip
         if refused:
             raise ValueError(f"a number of {ASKED[refused - 1]} is outside of what it counts, or has no room")
         return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
-
-    def _memory(
-        self, keys: Sequence[Tensor], values: Sequence[Tensor], rings: Sequence[Marks | None]
-    ) -> tuple[list[int], int, int, int]:
-        """What the library is told of the pools; entries of those in blocks; rows of rings, and entries behind them."""
-        entries, rows, told, aside = set[int](), set[int](), list[int](), 2**62
-        for k, v, marks in zip(keys, values, rings, strict=True):
-            if k.shape[-2:] != self.heads or k.ndim != (3 if marks is None else 4) or k.dtype not in DTYPES:
-                raise ValueError(f"pools of {tuple(k.shape)}, {k.dtype} do not fit the model")
-            if marks is None:
-                entries.add(len(k))
-            else:
-                rows.add(len(marks[0]))
-                aside = min(aside, (len(k) - len(marks[0])) * k.shape[1])
-            alike = k.shape == v.shape and k.dtype == v.dtype == keys[0].dtype
-            alike &= all(own.shape == (len(own), k.shape[1]) and len(own) <= len(k) for own in marks or ())
-            if not alike or not all(own.is_contiguous() for own in (k, v, *(marks or ()))):
-                raise ValueError("pools of several shapes or kinds, or not contiguous")
-            told += [k.data_ptr(), v.data_ptr(), *((0, 0, 0) if marks is None else (k.shape[1], *_addresses(marks)))]
-        if len(entries) > 1 or len(rows) > 1:
-            raise ValueError("pools of several shapes or kinds, or not contiguous")
-        return told, max(entries, default=0), max(rows, default=0), aside
 
     def _turn(self, highest: int) -> None:
         """Rotations up to that position, always computed in the same pieces: the same bits whoever asks first."""
@@ -349,10 +315,54 @@ class NativeModel:
         for start in range(self.turns.shape[1], highest + 1, TURNS):
             at, piece = torch.arange(start, start + TURNS)[:, None], torch.zeros(len(self.positions), TURNS, self.R)
             for own, scheme in zip(piece, self.positions, strict=True):
-                if (rotation := scheme.rotation(at)) is not None:
+                if scheme is not None and (rotation := scheme.rotation(at)) is not None:
                     own.copy_(torch.cat([rotation.cos.flatten(1), rotation.sin.flatten(1)], 1))
             pieces.append(piece)
         self.turns = torch.cat(pieces, 1).contiguous()
+
+
+class Memory:
+    """The keys and values of all layers of a model, as the native step is told of them.
+
+    Args:
+        keys: of each layer, (n_blocks * block_size, G, K), fp32 or bf16, contiguous; (n_rows, length, G, K) where
+            ``rings`` says so, and as much more behind the n_rows rings as a step is to have room for. Slot s is at
+            s % (length - 1); the last entry of a ring takes nothing here.
+        values: like ``keys``.
+        rings: of each layer whose keys lie in rings, which slot each entry holds and of which document, both
+            (n_rows, length) int64; None for the others.
+
+    Raises:
+        ValueError: they are not as described, or do not fit the model.
+    """
+
+    def __init__(
+        self, model: NativeModel, keys: Sequence[Tensor], values: Sequence[Tensor], rings: Sequence[Marks | None] = ()
+    ):
+        rings = rings or [None] * len(keys)
+        if not len(keys) == len(values) == len(rings) == model.n_layers:
+            raise ValueError(f"pools of {len(keys)} layers do not fit the model")
+        entries, rows, told, self.aside = set[int](), set[int](), list[int](), 2**62
+        for k, v, marks in zip(keys, values, rings, strict=True):
+            if k.shape[-2:] != model.heads or k.ndim != (3 if marks is None else 4) or k.dtype not in DTYPES:
+                raise ValueError(f"pools of {tuple(k.shape)}, {k.dtype} do not fit the model")
+            alike = k.shape == v.shape and k.dtype == v.dtype == keys[0].dtype
+            alike &= all(own.shape == (len(own), k.shape[1]) and len(own) <= len(k) for own in marks or ())
+            if not alike or not all(own.is_contiguous() for own in (k, v, *(marks or ()))):
+                raise ValueError("pools of several shapes or kinds, or not contiguous")
+            told += [k.data_ptr(), v.data_ptr()]
+            if marks is None:
+                entries.add(len(k))
+                told += [0, 0, 0]
+            else:
+                rows.add(len(marks[0]))
+                told += [k.shape[1], *(own.data_ptr() for own in marks)]
+                self.aside = min(self.aside, (len(k) - len(marks[0])) * k.shape[1])
+        if len(entries) > 1 or len(rows) > 1:
+            raise ValueError("pools of several shapes or kinds, or not contiguous")
+        self.n_entries, self.n_rows = max(entries, default=0), max(rows, default=0)
+        self.narrow, self.told = keys[0].dtype == torch.bfloat16, (ctypes.c_int64 * len(told))(*told)
+        self.keep = keys, values, rings
 
 
 class NativeStep:
@@ -388,8 +398,9 @@ class NativeStep:
             for name in ("k", "v")
         )
         return self.model.step(
-            tokens, rows, slots, slots - starts, tables, self.state.max_tokens + 1, starts, keys, values,
-            torch.arange(len(tokens)), rings=rings, rows=rows, docs=self.state.last_doc[rows],
+            tokens, rows, slots, slots - starts, tables, self.state.max_tokens + 1, starts,
+            Memory(self.model, keys, values, rings), torch.arange(len(tokens)), rows=rows,
+            docs=self.state.last_doc[rows],
         )  # fmt: skip
 
 

@@ -59,6 +59,12 @@ SHAPES = {
             "full": around(NORMED),
         },
     },
+    "windows alone, turned another way than the model": {
+        "blocks": {
+            "local": {"mixer": {"kind": "attention", "n_heads": 4, "head_dim": 8, "window": 6}, "positions": "rope"}
+        },
+        "positions": {"kind": "rope", "theta": 50.0},
+    },
     "norms behind": {"blocks": {"block": {"mixer": ATTENTION, "norm_placement": "branch"}}},
     "turned in every other layer": {
         "pattern": ["turned", "not"],

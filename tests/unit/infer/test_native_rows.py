@@ -9,7 +9,7 @@ import torch
 from test_native import ATTENTION, model
 
 from octavo.infer import native, packing
-from octavo.infer.native import NativeModel, library, packed
+from octavo.infer.native import Memory, NativeModel, library, packed
 from octavo.nn.contracts import Inputs
 
 BLOCK = 4
@@ -35,13 +35,17 @@ class Pages:
         shape = (n_blocks * block_size, *made.heads)
         self.keys, self.values = ([torch.randn(shape).to(dtype) for _ in range(made.n_layers)] for _ in range(2))
 
+    @property
+    def memory(self) -> Memory:
+        return Memory(self.made, self.keys, self.values)
+
     def step(self, rows: list[tuple[int, int, int]], first: int = 0, wanted: list[int] | None = None):
         """Rows of (sequence, slot, token)."""
         sequence, slots, tokens = torch.tensor(rows).T.contiguous()
         wanted = list(range(len(rows))) if wanted is None else wanted
         return self.made.step(
             tokens, sequence, slots, slots - first, self.tables, self.block_size,
-            torch.full_like(slots, first), self.keys, self.values, torch.tensor(wanted, dtype=torch.long),
+            torch.full_like(slots, first), self.memory, torch.tensor(wanted, dtype=torch.long),
         )  # fmt: skip
 
 
@@ -91,7 +95,7 @@ def test_shuffled_blocks_are_a_contiguous_state_bit_for_bit():
     for i in range(11):
         slots = torch.tensor([i, i])
         numbers = torch.tensor([PROMPTS[0][i], PROMPTS[3][i]]), torch.tensor([0, 1]), slots, slots
-        whole = made.step(*numbers, tables, 41, torch.zeros(2).long(), keys, values, torch.arange(2))
+        whole = made.step(*numbers, tables, 41, torch.zeros(2).long(), Memory(made, keys, values), torch.arange(2))
         assert torch.equal(whole, pages.step([(0, i, PROMPTS[0][i]), (3, i, PROMPTS[3][i])]))
 
 
@@ -144,7 +148,7 @@ def test_numbers_outside_of_what_they_count_are_refused(change, why):
     if "tables" in change:
         pages.tables[0, 0] = change["tables"]
     with pytest.raises(ValueError, match=f"a number of {why} is outside"):
-        pages.made.step(tables=pages.tables, block_size=BLOCK, keys=pages.keys, values=pages.values, **numbers)
+        pages.made.step(tables=pages.tables, block_size=BLOCK, memory=pages.memory, **numbers)
 
 
 def test_pools_that_do_not_fit_are_refused():
@@ -170,13 +174,12 @@ class Rings:
         self.keys, self.values = ([torch.zeros(shape) for _ in range(n_layers)] for _ in range(2))
         self.rings = [(torch.full((2, 5), -1), torch.full((2, 5), -1)) for _ in range(n_layers)]
 
-    def step(self, asked: list[tuple[int, int, int]], **changes) -> torch.Tensor:
+    def step(self, asked: list[tuple[int, int, int]]) -> torch.Tensor:
         """Tokens as (row, slot, token)."""
         rows, slots, tokens = torch.tensor(asked).T
         zeros, tables = torch.zeros_like(rows), torch.zeros(len(asked), 1, dtype=torch.int32)
-        how = {"rings": self.rings, "rows": rows} | changes
-        wanted = torch.arange(len(asked))
-        return self.made.step(tokens, zeros, slots, slots, tables, 1, zeros, self.keys, self.values, wanted, **how)
+        memory, wanted = Memory(self.made, self.keys, self.values, self.rings), torch.arange(len(asked))
+        return self.made.step(tokens, zeros, slots, slots, tables, 1, zeros, memory, wanted, rows=rows)
 
 
 @torch.inference_mode()
@@ -208,7 +211,7 @@ def test_what_rings_cannot_take_is_refused():
         with pytest.raises(ValueError, match="a number of rows is outside of what it counts, or has no room"):
             roomy.step(asked)
     with pytest.raises(ValueError, match="pools of several shapes"):
-        rings.step([(0, 1, 5)], rings=[(slots[:, 1:], docs) for slots, docs in rings.rings])
+        Memory(rings.made, rings.keys, rings.values, [(slots[:, 1:], docs) for slots, docs in rings.rings])
 
 
 def test_changed_weights_are_packed_anew_however_they_were_changed():
