@@ -476,6 +476,27 @@ BUGS = [
         ("tests/unit/infer/test_drafts.py::test_a_recurrence_is_put_back_and_reads_again",),
     ),
     Bug(
+        "native: a window reads one token more", "nn/kernels/decode.cpp",
+        "r.slots[m] - window + 1", "r.slots[m] - window",
+        ("tests/unit/infer/test_native.py::test_every_step_is_the_models_own[a window-dtype0-1]",),
+    ),
+    Bug(
+        "native: of a long part the first tokens stay in the ring", "nn/kernels/decode.cpp",
+        "if (later < r.N && r.begins[later] == r.begins[m]) continue;",
+        "if (m >= memory.ring - 1 && r.begins[m - memory.ring + 1] == r.begins[m]) continue;",
+        ("tests/unit/infer/test_native_rows.py::test_rings_are_read_the_same_in_parts_of_any_size",),
+    ),
+    Bug(
+        "native: scores are not capped", "nn/kernels/decode_attention.h",
+        "const Lanes sum = cap > 0 ? capped(sums(total), cap) : sums(total);", "const Lanes sum = sums(total);",
+        ("tests/unit/infer/test_native.py::test_every_step_is_the_models_own[gemma2-dtype0-1]",),
+    ),
+    Bug(
+        "native: every layer turns like the first", "infer/native.py",
+        "            scheme if turns else -1,", "            0 if turns else -1,",
+        ("tests/unit/infer/test_native.py::test_every_step_is_the_models_own[gemma3-dtype0-1]",),
+    ),
+    Bug(
         "lookup: what was said before is not remembered", "infer/drafts.py",
         "places.known = max(len(tokens) - 1, 0)", "places.known = len(tokens)",
         ("tests/unit/infer/test_drafts.py::test_lookup_by_an_index_is_the_search",),
