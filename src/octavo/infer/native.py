@@ -1,7 +1,7 @@
 """Whole decoder steps in one native call: what a small model spends in Python and dispatch, it spends on weights here.
 
-Serves models of the common kind (see ``unsuitable``) on the CPU: any rows of any sequences whose keys and values lie
-in blocks of a pool (nn/kernels/decode.cpp). Any other model decodes through its own forward pass, which is also the
+Serves models of the common kind (infer/suitable.py) on the CPU: any rows of any sequences whose keys and values lie in
+blocks of a pool or in rings (nn/kernels/decode.cpp). Any other model decodes through its own forward pass, which is also the
 twin that this is tested against. Activations are fp32 whatever the weights are, and rounded for products alone: to 15
 bits with quantised weights, and where the processor has fp16 arithmetic to 11 with bf16 ones (decode_product.h).
 """
@@ -18,39 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from octavo.infer.packing import GROUPS, Arena, Order, Source, pack
+from octavo.infer.suitable import ACTIVATIONS, DTYPES, schemes, together, unsuitable
 from octavo.models.decoder import Decoder
 from octavo.nn.attention import Attention
 from octavo.nn.kernels import build
 from octavo.nn.mlp import Glu, Mlp
-from octavo.nn.norm import RMSNorm
-from octavo.nn.quantized import Quantized, QuantizedProjection
-from octavo.nn.reader import FullReader, WindowReader
 from octavo.nn.rope import RotaryPositions
 from octavo.nn.state import ContiguousState
-from octavo.schema import Config
 
 Weights = Literal["model", "bf16", "int8", "int4"]
-ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
-DTYPES = (torch.float32, torch.bfloat16)
 ASKED = ("tokens", "sequence", "slots", "positions", "first", "wanted", "tables", "rows")
-READERS = (FullReader, WindowReader)
-PLACEMENTS = ("pre", "branch", "sandwich")
 TURNS = 512  # positions whose rotation is computed at a time
-# The settings that the native step follows, or ``unsuitable`` asks about by name. Any other has to be at its default.
-KNOWN = {
-    "the model": frozenset(
-        "kind d_model n_layers max_seq_len vocab_size blocks pattern norm positions final_norm tie_embeddings head_bias"
-        " embed_scale embed_norm logit_softcap embed_dropout padding_id init shared multi_token".split()
-    ),
-    "a block": frozenset("mixer channel norm_placement topology residual_scale dropout positions".split()),
-    "attention": frozenset(
-        "kind n_heads n_kv_heads head_dim window reader rotate qkv_bias o_bias qk_norm qk_norm_over scale softcap"
-        " dropout backend".split()
-    ),
-    "a channel mixer": frozenset("kind d_ff activation bias dropout".split()),
-}
-
-
 Marks = tuple[Tensor, Tensor]  # of the entries of rings: which slot each holds, and of which document
 
 
@@ -80,70 +58,6 @@ def load(*, emulated: bool = False) -> ctypes.CDLL:
     loaded.decode_print.argtypes = (address, ctypes.c_int64)
     loaded.decode_print.restype = ctypes.c_uint64
     return loaded
-
-
-def unsuitable(model: Any) -> str:
-    """Why ``model`` does not decode natively, in a few words; empty if it does."""
-    if not isinstance(model, Decoder):
-        return "not a decoder"
-    config, weight = model.config, model.embed.weight
-    if weight.device.type != "cpu" or weight.dtype not in DTYPES:
-        return "not fp32 or bf16 on the CPU"
-    for scheme, kind in zip(_schemes(model), (own.kind for own in config.schemes()), strict=True):
-        if scheme is not None and kind not in ("rope", "none"):
-            return f"positions {kind}"
-        if (scaling := getattr(scheme, "scaling", None)) is not None and scaling.by_length:
-            return "a rotation that depends on the length of the text"
-    ropes = [scheme for scheme in _schemes(model) if isinstance(scheme, RotaryPositions)]
-    if len({(rope.dim, rope.config.layout) for rope in ropes}) > 1:
-        return "rotations of several widths or layouts"
-    if config.embed_norm:
-        return "a normed embedding"
-    if why := _beyond("the model", config):
-        return why
-    norms, head_norms = [model.norm], []
-    for block in model.stack():
-        parts = dict(block.sub_layers())
-        attention, channel = parts["mixer"].mixer, parts["channel"].mixer if "channel" in parts else None
-        if block.config.norm_placement not in PLACEMENTS or block.config.topology != "sequential":
-            return "norms after the sum, or parallel mixers"
-        if block.residual_scale != 1:
-            return "a residual scale"
-        if type(attention) is not Attention or type(attention.reader) not in READERS:
-            return "not attention to all tokens or a window of them"
-        if type(channel) not in (Glu, Mlp) or channel.config.activation not in ACTIVATIONS:  # type: ignore[union-attr]
-            return "not a GLU or MLP with a usual activation"
-        settings = {"a block": block.config, "attention": attention.config, "a channel mixer": channel.config}  # type: ignore[union-attr]
-        if why := next(filter(None, map(_beyond, settings, settings.values())), ""):
-            return why
-        if why := next(filter(None, map(_mixed, _together(attention, channel))), ""):
-            return why
-        own = [norm for norm in (attention.q_norm, attention.k_norm) if norm is not None]
-        if any(norm.d != attention.head_dim for norm in own):
-            return "norms over all heads"
-        norms += [norm for part in parts.values() for norm in (part.norm_in, part.norm_out) if norm is not None]
-        head_norms += own
-    if not all(type(n) is RMSNorm and n.weight is not None for n in norms + head_norms):
-        return "not RMSNorm"
-    if len({n.eps for n in norms}) > 1 or len({n.eps for n in head_norms}) > 1:  # type: ignore[union-attr]
-        return "norms with several eps"
-    if model.head is not None and (why := _mixed([model.head])):
-        return why
-    if any(parameter.dtype != weight.dtype for parameter in model.parameters()):
-        return "weights of several kinds"
-    return "blocks of several kinds" if len({_shape(block.config) for block in model.stack()}) > 1 else ""
-
-
-def _shape(config: Any) -> str:
-    """What has to be the same in every block."""
-    mixer = config.mixer.model_copy(update={"window": None, "reader": None, "rotate": True, "dropout": 0.0})
-    return config.model_copy(update={"mixer": mixer, "dropout": 0.0, "positions": None}).model_dump_json()
-
-
-def _schemes(model: Decoder) -> list[Any]:
-    """The position schemes of the model's attention, the model's own first; None where no layer uses one."""
-    used = {model.turns[name] for name in model.config.layer_names()}
-    return [next(iter(tables.values())) if i in used else None for i, tables in enumerate(model.rotary)]
 
 
 class NativeModel:
@@ -178,7 +92,7 @@ class NativeModel:
             raise ValueError(why)
         if weights not in get_args(Weights) or group not in GROUPS:
             raise ValueError(f"weights {weights} in groups of {group}: {', '.join(get_args(Weights))} of 16 to 256 are")
-        self.library, self.positions, self.vocab_size = loaded, _schemes(model), model.vocab_size
+        self.library, self.positions, self.vocab_size = loaded, schemes(model), model.vocab_size
         self.threads, self.cap = threads, model.config.logit_softcap
         self.embedding = model.embed.weight.detach()
         self.arena = Arena()
@@ -225,7 +139,7 @@ class NativeModel:
     def _layer(self, rounding: tuple[Weights, int], block: dict[str, Any], scheme: int) -> list[int]:
         own, wide = block["mixer"].mixer, block["channel"].mixer
         norms = [block["mixer"].norm_in, block["channel"].norm_in, block["mixer"].norm_out, block["channel"].norm_out]
-        qkv, o, up, down = _together(own, wide)
+        qkv, o, up, down = together(own, wide)
         turns = own.config.rotate and isinstance(self.positions[scheme], RotaryPositions)
         return [
             *map(self._floats, [*norms, own.q_norm, own.k_norm]),
@@ -417,7 +331,7 @@ def packed(model: Decoder) -> NativeModel:
         raise ValueError(why)
     seen = fingerprint(model, loaded)
     held = _PACKED.get(model)
-    if held is None or held[0] != seen or list(map(id, held[1].positions)) != list(map(id, _schemes(model))):
+    if held is None or held[0] != seen or list(map(id, held[1].positions)) != list(map(id, schemes(model))):
         _PACKED.pop(model, None)  # before the next is made: not two at a time
         held = _PACKED[model] = (seen, NativeModel(model))
     return held[1]
@@ -427,33 +341,6 @@ def fingerprint(model: nn.Module, loaded: ctypes.CDLL) -> int:
     """A number that says what all weights of ``model`` are, bit for bit."""
     tensors = [t.detach().contiguous() for t in (*model.parameters(), *model.buffers())]
     return hash(tuple(loaded.decode_print(t.data_ptr(), t.nbytes) for t in tensors))
-
-
-def _beyond(what: str, config: Config) -> str:
-    """The first setting of ``config`` that is not known here and not at its default, in words."""
-    for name, field in type(config).model_fields.items():
-        if name not in KNOWN[what] and getattr(config, name) != field.get_default(call_default_factory=True):
-            return f"{what} with {name} = {getattr(config, name)}"
-    return ""
-
-
-def _together(attention: Any, channel: Any) -> list[list[Any]]:
-    """The products that are made as one: qkv, o, up with its gate, down."""
-    up = [channel.gate, channel.up] if isinstance(channel, Glu) else [channel.up]
-    return [[attention.q, attention.k, attention.v], [attention.o], up, [channel.down]]
-
-
-def _mixed(products: list[Any]) -> str:
-    """Why products that are made as one cannot be, in words."""
-    small = [p for p in products if isinstance(p, Quantized)]
-    if any(not isinstance(p, QuantizedProjection) for p in small):
-        return "weights of 8-bit floats"
-    if any(p.storage.activations != "model" for p in small):  # type: ignore[union-attr]
-        return "activations rounded to 8 bits"
-    if wide := next((p.group for p in small if p.group not in GROUPS), 0):
-        return f"one scale for {wide} inputs"
-    kinds = {(p.bits, p.group) if isinstance(p, QuantizedProjection) else None for p in products}
-    return "weights of several kinds" if len(kinds) > 1 else ""
 
 
 def _eps(norm: nn.Module | None) -> float:
