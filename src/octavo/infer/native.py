@@ -1,8 +1,8 @@
 """Whole decoder steps in one native call: what a small model spends in Python and dispatch, it spends on weights here.
 
 Serves models of the common kind (infer/suitable.py) on the CPU: any rows of any sequences whose keys and values lie in
-blocks of a pool or in rings (nn/kernels/decode.cpp). Any other model decodes through its own forward pass, which is also
-the twin that this is tested against. Activations are fp32 whatever the weights are, and rounded for products alone: to
+blocks of a pool or in rings (nn/kernels/decode.cpp). Any other model decodes through its own forward pass, which is the
+twin that this is tested against too. Activations are fp32 whatever the weights are, and rounded for products alone: to
 15 bits with quantised weights, and where the processor has fp16 arithmetic to 11 with bf16 ones (decode_product.h).
 """
 
