@@ -20,6 +20,7 @@ from octavo.infer.said import Said, further
 from octavo.infer.sampling import SamplingConfig, guess
 from octavo.infer.scheduler import Sequence as Text
 from octavo.infer.scheduler import Work
+from octavo.infer.threads import one_thread
 from octavo.models.decoder import Decoder
 
 
@@ -91,7 +92,8 @@ def _guessed(logits: Tensor, asked: Sequence[Asked], before: Sequence[Sequence[i
         own, n = logits[rows].float(), some[0].n_tokens
         own = F.pad(own, (0, n - own.shape[1]), value=-math.inf)  # also cuts off what is no token of the model
         try:
-            tokens, probs = guess(own, some[0].config, prompts, said, streams)
+            with one_thread(own.numel()):
+                tokens, probs = guess(own, some[0].config, prompts, said, streams)
         except NumericError:  # a draft model that knows nothing makes no draft
             continue
         for k, i in enumerate(rows):

@@ -136,12 +136,12 @@ class NativeExecutor:
             yield from self.plain([work for work in works if not self._serves(work)])
 
     def _serves(self, work: Work) -> bool:
-        sequence, n = work.sequence, len(work.tokens)
+        sequence, n = work.sequence, work.n + len(work.draft)
         return n <= self.most and (n == 1 or n <= self.room) and not sequence.whole and not sequence.alone
 
     def _groups(self, works: list[Work]) -> Iterable[list[Work]]:
         """All together, or as many as rings have room for; a row is the same in either."""
-        sizes = [len(work.tokens) for work in works]
+        sizes = [work.n + len(work.draft) for work in works]
         if not works or max(sizes) == 1 or sum(sizes) <= self.room:
             return [works] if works else []
         groups, left = [[works[0]]], self.room - sizes[0]

@@ -110,6 +110,7 @@ def test_a_ctrl_c_at_the_very_end_shows_no_traceback(moment):
 import os, signal, sys
 from octavo.cli import main
 from octavo.errors import StopRequested
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where this runs in the background of a script
 def stopped(words):
     raise StopRequested("SIGTERM, saved at step 1")
 def refuse(error, cause, debug):
