@@ -94,24 +94,23 @@ def ready(job: Job, stage: str, folder: Path | None = None) -> Ready:
     recipe, config = job.recipe, feed.settings(job.recipe, stage)
     tokenizer = job.tokenizer()
     shape, start = _start(job, tokenizer, stage)
-    seq_len, rows = feed.seq_len_of(config, shape.max_seq_len), None
+    seq_len = feed.seq_len_of(config, shape.max_seq_len)
     if stage == "pretrain":
-        rows, shape_wanted = feed.pretraining(recipe, job.folder.path, seq_len), shape
+        section, rows = "train", feed.pretraining(recipe, job.folder.path, seq_len)
     else:
         kind, tuned = feed.kind_of(recipe), recipe.tune
         assert kind is not None and tuned is not None
         keep = job.folder.tuning_data_path if folder is None else None
-        rows = feed.tuning(recipe, tokenizer, seq_len, keep=keep)
-        shape_wanted = kind.shape(shape, tuned.data, rows)
-    section = "train" if stage == "pretrain" else "tune"
-    if tight := require(shape_wanted, config, config.precision, rows.source.rows, section):
+        section, rows = "tune", feed.tuning(recipe, tokenizer, seq_len, keep=keep)
+        shape = kind.shape(shape, tuned.data, rows)
+    if tight := require(shape, config, config.precision, rows.source.rows, section):
         job.console.warn(tight)
     model = start()
     if stage == "tune" and recipe.train:  # base/ has the weights; what only matters in training is the recipe's
         base = _base(job, tokenizer)
-        model = carried_over(base, shape_wanted, seed=recipe.seed) if rows.classes else _filled(model, base)
+        model = carried_over(base, shape, seed=recipe.seed) if rows.classes else _filled(model, base)
     elif rows.classes:
-        model = carried_over(model, shape_wanted, seed=recipe.seed)
+        model = carried_over(model, shape, seed=recipe.seed)
     own = folder or job.folder.path / stage
     make_folder(own)
     lm = LanguageModel(model, tokenizer)
